@@ -1,10 +1,12 @@
-"""The reward of Batched Contextual Reinforcement: the share of N problems answered correctly.
+"""The reward of Batched Contextual Reinforcement: which of N problems a completion answers correctly.
 
-    extract_answers(completion, n)    what the model answered to problem 1..n
-    answers_equal(prediction, gold)   whether one answer is worth the other
-    score(completion, golds)          both together: one bool a problem
+    extract_answers(completion, n)      what the completion answers to problem 1, ..., n
+    answers_equal(prediction, gold)     whether an answer is worth the gold one
+    score(completion, golds)            both together: one bool a problem
 
-No function here raises, whatever it is given, and the work is bounded before it is done.
+An answer is cleaned (one spelling for each thing), parsed (into lists, tuples, intervals, equations and
+leaves, whose values are computed) and compared (fractions exactly, other numbers to 1e-9, text as text).
+Nothing here raises, whatever it is given, and whatever could grow is bounded before it is computed.
 """
 
 import cmath
@@ -14,41 +16,47 @@ import unicodedata
 import zlib
 from fractions import Fraction
 
-MAX_LENGTH = 1000  # characters of an answer that is read; a longer one equals only itself
-MAX_MARKS = 2000   # boxes of one completion that are read, from its end; labels; headers
-MAX_TRIES = 8      # boxes of one problem that are tried, from the last backwards
-MAX_DEPTH = 30     # brackets within brackets, and commands by fives
-MAX_ITEMS = 64     # items of a list that are compared in any order
-MAX_BITS = 4096    # size of a numerator or denominator
+MAX_LENGTH = 1000    # characters of an answer; a longer one equals only itself
+MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
+MAX_TRIES = 8        # boxes of one problem, counted from its last
+MAX_DEPTH = 30       # brackets within brackets
+MAX_COMMANDS = 150   # LaTeX commands of one answer, which may nest without brackets
+MAX_ITEMS = 64       # items of a list that are compared in any order
+MAX_BITS = 4096      # size of a numerator or a denominator
 MAX_FACTORIAL = 500
-PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
 
-# ---------------------------------------------------------------------------------------------
-# Extraction. A completion is a row of marks: headers, labels and boxes.
 
-# Each pattern begins with a fixed word, the one way to search 400,000 characters in a millisecond.
-_INDEX = r"[ \t*_#(]{0,4}([0-9]{1,99}|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
-BOX = re.compile(r"box(?:(?<=\\fbox)|ed(?<=\\boxed))(?![a-z])\s{0,9}")
-LABEL = re.compile(r"nswer(?:[ \t](?:to|for))?(?:[ \t][Pp]roblem)?" + _INDEX + r"[ \t*_)]{0,4}[:：]")
-HEADER = re.compile(r"roblem" + _INDEX)
+def score(completion, golds):
+    """Return one bool a gold: whether the completion answers that problem correctly."""
+    golds = golds if isinstance(golds, (list, tuple)) else []
+    return [answers_equal(answer, gold) for answer, gold in zip(extract_answers(completion, len(golds)), golds)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Extract: a completion is a row of headers `### Problem i`, labels `Answer i:` and boxes.
+# Each pattern begins with a fixed word: so 400,000 characters are searched in a millisecond.
+
+INDEX = r"[ \t*_#(]{0,4}([0-9]{1,99}|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
+HEADER = re.compile(r"roblem" + INDEX)
 HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
+LABEL = re.compile(r"nswer(?:[ \t](?:to|for))?(?:[ \t][Pp]roblem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
+BOX = re.compile(r"box(?:(?<=\\fbox)|ed(?<=\\boxed))(?![a-z])\s{0,9}")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-TOKEN = re.compile(r"[ \t]*(\\[A-Za-z]+[^\s$]*|[^\s$\\{}]+)")
-ONLY_MARKUP = re.compile(r"[\s$*_:>\\\[\](){}-]*")
+UNBRACED = re.compile(r"\\[A-Za-z]+[^\s$]*|[^\s$\\{}]+")
+MARKUP = re.compile(r"[\s$*_:>\\\[\](){}-]{0,100}")
 PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{[\s.…]*\})*")
 
 
 def extract_answers(completion, n):
-    """Return n entries: what problem i answers in its last box, or None where it answers nothing.
+    """Return n entries: the text of the box that answers problem i, or None where there is none.
 
-    A box labelled `Answer i:` belongs to i wherever it stands; a box without a label serves the
-    section `### Problem i` it stands in. What follows `</think>` wins over what precedes it.
+    A box labelled `Answer i:` belongs to i wherever it stands; another one serves the section it stands in;
+    the last one counts. What follows `</think>` wins over what precedes it.
     """
-    if not isinstance(n, int) or n < 1:
-        return []
-    answers = [None] * n
+    answers = [None] * n if isinstance(n, int) else []
     if isinstance(completion, str):
-        thinking, _, reply = completion.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem").rpartition("</think>")
+        text = completion.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
+        thinking, _, reply = text.rpartition("</think>")
         for part in (thinking, reply):
             for index, answer in _boxed_answers(part, n).items():
                 answers[index - 1] = answer
@@ -57,40 +65,36 @@ def extract_answers(completion, n):
 
 def _boxed_answers(text, n):
     """Return {index: answer} of one stretch of text."""
-    headers = [mark for mark in _find(HEADER, "roblem", text)
-               if HEADER_START.search("\n" * (mark.start() < 20) + text[max(0, mark.start() - 20):mark.start()])]
-    marks = [(mark.start(), BOX, mark) for mark in _find(BOX, "box", text)]
-    marks += [(mark.start(), LABEL, mark) for mark in _find(LABEL, "nswer", text)]
-    marks += [(mark.start(), HEADER, mark) for mark in headers]
-    # Without any header a lone problem owns every box.
-    section = 1 if n == 1 and not headers else 0
-    label, label_end, used = 0, None, True
-    boxes = {}  # (index, labelled) -> where its boxes begin, in order
-    for start, kind, mark in sorted(marks, key=lambda mark: mark[0]):
-        if kind is HEADER:
+    headers = [mark for mark in _marks(HEADER, "roblem", text)
+               if HEADER_START.search(text[max(0, mark.start() - 20):mark.start()] if mark.start() > 20
+                                      else "\n" + text[:mark.start()])]
+    section = 1 if n == 1 and not headers else 0  # a lone problem needs no header
+    label, label_end, used = 0, None, False
+    boxes = {}  # (index, labelled): where its boxes begin, in order
+    for mark in sorted([*headers, *_marks(LABEL, "nswer", text), *_marks(BOX, "box", text)], key=re.Match.start):
+        if mark.re is HEADER:
             section, label_end = _index(mark), None
-        elif kind is LABEL:
+        elif mark.re is LABEL:
             label, label_end, used = _index(mark), mark.end(), False
         else:
-            # A label owns the boxes of its line, or else the one that follows it at once.
-            if label_end is not None and "\n" in text[label_end:start]:
-                if used or start - label_end > 100 or not ONLY_MARKUP.fullmatch(text, label_end, start):
+            # A label owns the boxes of its line or, where that has none, the box that follows at once.
+            if label_end is not None and text.find("\n", label_end, mark.start()) >= 0:
+                if used or not MARKUP.fullmatch(text, label_end, mark.start() - 1):
                     label_end = None
             labelled = label_end is not None
             boxes.setdefault((label if labelled else section, labelled), []).append(mark.end())
-            if labelled:
-                label_end, used = mark.end(), True
+            label_end, used = (mark.end(), True) if labelled else (None, used)
     answers = {}
-    for (index, labelled), starts in sorted(boxes.items()):  # labelled after unlabelled: it wins
-        answer = _last_box(text, starts)
-        if 1 <= index <= n and answer is not None:
-            if answer != "i" or index not in answers:
-                answers[index] = answer
+    for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second: they win
+        answer = _last_box(text, starts[-MAX_TRIES:]) if 1 <= index <= n else None
+        # The i of the prompt's `Answer i:` is an answer only where there is no other.
+        if answer is not None and (answer != "i" or index not in answers):
+            answers[index] = answer
     return answers
 
 
-def _find(pattern, word, text):
-    """Iterate over the matches of a pattern that begins with word, among its last MAX_MARKS."""
+def _marks(pattern, word, text):
+    """Return the matches of a pattern that begins with word, among the last MAX_MARKS of that word."""
     return pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
 
 
@@ -100,61 +104,61 @@ def _index(mark):
 
 
 def _last_box(text, starts):
-    """Return what stands in the last closed box that holds an answer, or None."""
-    answer, outer = None, len(text)
-    for start in reversed(starts[-MAX_TRIES:]):
+    """Return what stands in the last box that is closed and holds an answer, or None."""
+    answer, answer_start = None, None
+    for start in reversed(starts):
         content, end = _box(text, start)
-        if answer is not None and end <= outer:
+        if answer is not None and end < answer_start:  # not a box around the one that was found
             break
         if content is not None and not PLACEHOLDER.fullmatch(content):
-            answer, outer = content, start
+            answer, answer_start = content, start
     return answer
 
 
 def _box(text, start):
-    """Return (content, end) of the box whose command ends at start; content None if unclosed."""
+    """Return (content, end) of the box whose braces begin at start, (None, 0) where they never end."""
     if text[start:start + 1] != "{":
-        token = TOKEN.match(text, start, start + MAX_LENGTH)
-        return (token[1].rstrip(".,;"), token.end()) if token else (None, start)
+        token = UNBRACED.match(text, start, start + MAX_LENGTH)
+        return (token[0], token.end()) if token else (None, 0)
     depth = 0
     for brace in BRACE.finditer(text, start, start + MAX_LENGTH):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return text[start + 1:brace.start()].strip(), brace.end()
-    return None, start
+    return None, 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Clean: one spelling for everything that LaTeX, Unicode and plain text spell in several ways.
+# ------------------------------------------------------------------------------------------------------------
+# Clean: one spelling for what LaTeX, Unicode and plain text spell in several ways.
 
-SMALL = dict(zip(map(ord, "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉"), "0123456789+-0123456789"))
-SYMBOLS = {ord(char): name for chars, name in {
-    "−–—‐‑‒": "-", "×": "*", "·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ",
-    "≥⩾": r"\ge ", "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ",
-    "±": r"\pm ", "∓": r"\mp ", "′’": "'", "€£¥": "", "\u200b\u200c\u200d\u2060\ufeff": "",
+SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
+GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda")
+         for code in range(ord("α"), ord("ω") + 1)}
+SYMBOLS = {ord(letter): f"\\{name} " for letter, name in GREEK.items()} | {ord(char): meaning for chars, meaning in {
+    "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ", "≥⩾": r"\ge ",
+    "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ",
+    "∓": r"\mp ", "′’": "'", "€£¥": "", "\u200b\u200c\u200d\u2060\ufeff": "",
 }.items() for char in chars}
-SYMBOLS.update((code, "\\" + unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda") + " ")
-               for code in range(ord("α"), ord("ω") + 1))
 COMMANDS = {"\\" + command: meaning for commands, meaning in {
-    "left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox operatorname "
-    "mathbb mathcal $ ( ) [ ] !": "",
-    ", ; : quad qquad": " ", "dfrac tfrac cfrac": r"\frac", "leq leqslant": r"\le", "geq geqslant": r"\ge",
-    "neq": r"\ne", "lt": "<", "gt": ">", "approx": "=", "times cdot ast": "*", "div": "/", "lbrace": r"\{",
-    "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "vert lvert rvert mid": "|",
-    "varnothing": r"\emptyset", "%": "%", "degree": r"^\circ", "arcsin asin": r"\arcsin", "lg": r"\log_{10}",
-    "textbf textit textrm textsf textnormal mathrm mathbf mathit mathsf mbox rm bf": r"\text",
-}.items() for command in commands.split()}
-COMMANDS["\\ "] = " "
-RULES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
-    (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),               # 1{,}234  10,\!080  1\,234
-    (r"\\(?:[A-Za-z]+|.)", lambda command: COMMANDS.get(command[0], command[0])),
-    (r"\\text\{[\s.,]*\}|\$", ""),
+    "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits boxed fbox operatorname mathbb": "",
+    "$ ( ) [ ] !": "", ", ; : quad qquad": " ", "dfrac tfrac cfrac": r"\frac", "leq leqslant": r"\le",
+    "geq geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">", "approx": "=", "times cdot ast": "*", "div": "/",
+    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
+    "vert lvert rvert": "|", "varnothing": r"\emptyset", "%": "%", "degree": r"^\circ", "lg": r"\log_{10}",
+    "textbf textit textrm textsf textnormal mathrm mathbf mathit mathsf mbox": r"\text",
+}.items() for command in commands.split()} | {"\\ ": " "}
+RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
+    (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),                     # 1{,}234  10,\!080  1\,234
+    (r"\\(?:[A-Za-z]+|.)", lambda match: COMMANDS.get(match[0], match[0])),
+    (r"\\text ?\{ ?([ei]) ?\}", r"\1"),
+    (r"\\text ?\{[\s.,]*\}|\$", ""),
     (r"[\s~]+", " "),
-    (r"(?<![\d.,/^_]) ?(?<!\d )\b\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda number: number[0].replace(" ", "")),  # 1 234
-    (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                   # 4.5*10^33
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text\{ ?percent ?\})$", "%"),
-    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", lambda number: _mixed(number)),
-    (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", lambda number: _mixed(number)),
+    (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
+    (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                         # 4.5*10^33, not 2^12
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
+    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", lambda match: _mixed(match)),
+    (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", lambda match: _mixed(match)),
+    (r"\)(?= ?\d)", ")*"),
 )]
 
 
@@ -163,56 +167,50 @@ def _clean(text):
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^{" + power[0].translate(SMALL) + "}", text)
         text = re.sub("[₀-₉]+", lambda index: "_{" + index[0].translate(SMALL) + "}", text)
-        text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub(r"√(\d+)", r"\\sqrt{\1}", text))
+        text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub(r"√([0-9]+)", r"\\sqrt{\1}", text))  # 1½ is 1 1/2
         text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)[:2 * MAX_LENGTH]
-    for pattern, replacement in RULES:
-        text = pattern.sub(replacement, text)
-    return text.strip().rstrip(" .,;")
+    for pattern, meaning in RULES:
+        text = pattern.sub(meaning, text)
+    return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-def _mixed(number):
-    """1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
-    whole, top, bottom = number[1], number[2] or number[3], number[4] or number[5]
-    proper = (len(top), top) < (len(bottom), bottom)
-    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if proper else number[0]
+def _mixed(match):
+    r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
+    whole, top, bottom = match[1], match[2] or match[3], match[4] or match[5]
+    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parse: an answer becomes nested tuples, the kind first.
-#   ("list", items), ("set", items), ("union", items)        their order is ignored
-#   ("()", items), ("[)", items) ..., ("matrix", rows)       tuples and intervals; order counts
-#   ("=", left, right, difference, droppable)                an equation
-#   ("leaf", text, values, percent, digits, base)            a number, an expression, a word
+#   ("list", items), ("set", items), ("union", items)            their order does not count
+#   ("()", items), ("[)", items), ..., ("matrix", rows)          it does in tuples, intervals and matrices
+#   ("=", left, tree of the right, left - right, droppable)      x = 5, whose left side may be dropped
+#   ("leaf", text, values, percent, digits of a decimal, base)   a number, an expression, a word
 
-NEST = r"\\\\|\\begin\b|\\end\b|\\?[{}]|[()\[\]]"
-BRACKET = re.compile(f"(){NEST}")
-COMMA = re.compile(rf"(,|;|\\text\{{[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)|{NEST}")
-UNION = re.compile(rf"(\\cup\b)|{NEST}")
-RELATION = re.compile(rf"(\\(?:in|le|ge|ne)(?![a-z])|:?=|<|>)|{NEST}")
-ROW = re.compile(rf"(\\\\)|{NEST}")
-CELL = re.compile(rf"(&)|{NEST}")
+NEST = r"\\\\|\\(?:begin|end)(?![a-z])|\\?[{}]|[()\[\]]"
+BRACKET, COMMA, UNION, RELATION, ROW, CELL = (re.compile(f"({separator})|{NEST}") for separator in (
+    r"(?!)", r",|;|\\text ?\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b", r"\\cup(?![a-z])",
+    r"\\(?:in|le|ge|ne)(?![a-z])|:?=|<|>", r"\\\\", "&"))
 OPENING, CLOSING = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
-FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-
-GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
 MATRIX = re.compile(r"\\begin ?\{([A-Za-z]*)\}(?:\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-z])")
+GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?'?(?:\([\w,]{1,9}\))?"
                   r"|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
 WORD = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z']+)*")
-BASE = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
+BASE = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
 LITERAL = re.compile(r"[+-]? ?([0-9]*)(\.?)([0-9]*)")
-INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity)", re.IGNORECASE)
-
 # What may follow a number without changing it, and the words that would change it.
 UNIT = re.compile(
     r"(?: ?[*/]? ?\\text ?\{[^{}]*\}(?: ?\^ ?(?:\{-?\d\}|\d))?){1,4}$"
-    r"| ?\^ ?\{? ?\\circ ?\}? ?(?:[CF]|\\text\{ ?[CF] ?\})$"
+    r"| ?\^ ?\{? ?\\circ ?\}? ?(?:[CF]|\\text ?\{ ?[CF] ?\})$"
     r"| (?:[A-Za-z]{4,}|sq|[cmk]m|ft|in|mi|yd|[mk]g|oz|lbs?|hrs?|min|sec|ms|mph|m/s|USD|men|day|way|cup|box)\.?"
     r"(?:\^ ?\{?\d\}?)?(?:[ /][A-Za-z]+(?:\^ ?\{?\d\}?)?){0,4}$"
     r"|(?<=\d)(?:[cmk]m|[mk]g)(?:\^ ?\{?\d\}?)?$", re.ASCII)
+UNIT_POWER = re.compile(r"\^ ?\{?-?\d\}?|(?<=[a-z])[23]\b|\\circ")
 HEDGE = re.compile(
-    r"\d|[=<>,;?]|\b(?:and|or|not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|around|approx\w*|to|than"
-    r"|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundred|thousand|[mbtr]+illion|dozen|pairs?"
+    r"\d|[=<>,;?]|\b(?:and|or|not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|around|approx\w*|to|than|more"
+    r"|less|least|most|over|under|above|below|up|plus|minus|times|half|hundred|thousand|[mbtr]+illion|dozen|pairs?"
     r"|squared|cubed|factorial|infinity|pi|mod|choose|sqrt|root|wrong|incorrect|except|base|negative|alpha|beta|gamma"
     r"|delta|theta|sigma|omega|lambda)s?\b", re.IGNORECASE)
 
@@ -240,16 +238,16 @@ def _brackets(text):
 
 
 def _parse(text, seed):
-    """Return the tree of a cleaned text. The seed is handed on to _values."""
+    """Return the tree of a cleaned text. The seed is for _variable."""
     text = text.strip().rstrip(" .")
     wrapped = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
-    if wrapped:
-        text = wrapped[1].strip().rstrip(" .")
+    text = wrapped[1].strip().rstrip(" .") if wrapped else text
     brackets = _brackets(text)
-    if brackets and brackets[0] == "{":
-        return _parse(brackets[1], seed)
+    opening, inside, closing = brackets or ("", "", "")
+    if opening == "{":
+        return _parse(inside, seed)
     pieces = [piece for piece in _split(text, COMMA)[::2] if piece]
-    if len(pieces) > 1 or re.search(r"\\[pm][mp]\b", text) and not text.startswith(r"\{"):
+    if len(pieces) > 1 or PLUS_MINUS.search(text) and opening != r"\{":
         return "list", _items(pieces, seed)
     text = pieces[0] if pieces else ""
     parts = _split(text, UNION)[::2]
@@ -259,23 +257,23 @@ def _parse(text, seed):
     if len(parts) > 1:
         return _relation(parts, text, seed)
     if brackets:
-        items = _items([piece for piece in _split(brackets[1], COMMA)[::2] if piece], seed)
-        kind = "set" if brackets[0] == r"\{" else brackets[0] + brackets[2]
+        items = _items([piece for piece in _split(inside, COMMA)[::2] if piece], seed)
         # (5) is 5, and the brackets around an array are those of a matrix.
-        return items[0] if len(items) == 1 and (kind == "()" or items[0][0] == "matrix") else (kind, items)
+        single = len(items) == 1 and (opening + closing == "()" or items[0][0] == "matrix")
+        return items[0] if single else ("set" if opening == r"\{" else opening + closing, items)
     matrix = MATRIX.fullmatch(text)
     if matrix and matrix[1] != "cases":
-        rows = [("()", [_parse(cell, seed) for cell in _split(row, CELL)[::2]])
-                for row in _split(matrix[2], ROW)[::2] if row]
+        rows = [_split(row, CELL)[::2] for row in _split(matrix[2], ROW)[::2] if row]
+        rows = [("()", [_parse(cell, seed) for cell in row]) for row in rows]
         return ("determinant" if "v" in matrix[1].lower() else "matrix"), rows
     return ("set", []) if text == r"\emptyset" else _leaf(text, seed)
 
 
 def _items(pieces, seed):
-    """Return the trees of the pieces; one that holds ± gives two."""
+    """Return the trees of the pieces; a piece with ± gives two."""
     items = []
     for piece in pieces:
-        if re.search(r"\\[pm][mp]\b", piece):
+        if PLUS_MINUS.search(piece):
             items.append(_parse(piece.replace(r"\pm", "+").replace(r"\mp", "-"), seed))
             piece = piece.replace(r"\pm", "-").replace(r"\mp", "+")
         items.append(_parse(piece, seed))
@@ -293,39 +291,34 @@ def _relation(parts, text, seed):
         if named == [False, True]:
             left, right, named = right, left, [True]
         tree, difference = _parse(right, seed), _values(f"({left})-({right})", seed)
-        constant = tree[0] == "leaf" and tree[2] and tree[2][0] == tree[2][1]
-        droppable = named[0] or difference == [0, 0, 0] or bool(constant and WORD.fullmatch(left))
+        number = tree[0] == "leaf" and tree[2] and tree[2][0] == tree[2][1]
+        droppable = named[0] or difference == [0, 0, 0] or bool(number and WORD.fullmatch(left))
         return "=", left.replace(" ", ""), tree, difference, droppable
-    if len(sides) == 2 and named[1] or len(sides) == 3 and signs[0] in (">", r"\ge"):
-        signs, sides, named = [FLIP.get(sign) for sign in signs[::-1]], sides[::-1], named[::-1]
-    below, above = ("<", r"\le"), (">", r"\ge")
-    if named == [False, True, False] and signs[0] in below and signs[1] in below:
-        opening, low, high, closing = "([", sides[0], sides[2], signs[1]
-        opening = "[" if signs[0] == r"\le" else "("
-    elif named == [True, False] and signs[0] in below:
-        opening, low, high, closing = "(", r"-\infty", sides[1], signs[0]
-    elif named == [True, False] and signs[0] in above:
-        opening, low, high, closing = "[" if signs[0] == r"\ge" else "(", sides[1], r"\infty", "<"
-    else:
+    # -2 < x \le 7 and x > 3 are intervals. Turn them so that they rise.
+    falling = {">": "(", r"\ge": "["}
+    if signs[0] in falling:
+        signs, sides, named = [{">": "<", r"\ge": r"\le"}.get(sign) for sign in signs[::-1]], sides[::-1], named[::-1]
+    if not {"<", r"\le"}.issuperset(signs) or named not in ([True, False], [False, True], [False, True, False]):
         return "leaf", text.replace(" ", ""), None, False, 0, None
-    return opening + ("]" if closing == r"\le" else ")"), [_parse(low, seed), _parse(high, seed)]
+    low, high = (r"-\infty" if named[0] else sides[0]), (r"\infty" if named[-1] else sides[-1])
+    opening = "[" if signs[0] == r"\le" and not named[0] else "("
+    closing = "]" if signs[-1] == r"\le" and not named[-1] else ")"
+    return opening + closing, [_parse(low, seed), _parse(high, seed)]
 
 
 def _leaf(text, seed):
     """Return the tree of a text without structure, with its values where it has any."""
     key = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     key = re.sub(r"(?<!\d) | (?!\d)", "", key)
-    key = key.casefold() if re.fullmatch(r"[^\W\d_]+", key) else key
+    key = key.rstrip(")").casefold() if re.fullmatch(r"[^\W\d_]+\)?", key) else key
     base = BASE.fullmatch(text.replace(" ", ""))
     if base:
         return "leaf", key, None, False, 0, (base[1].lstrip("0"), int(base[2] or base[3]))
-    unit, number, values = UNIT.search(text), text, None
-    if unit and not HEDGE.search(re.sub(r"\^ ?\{?-?\d\}?|(?<=[a-z])[23]\b", "", unit[0].replace(r"\circ", ""))):
+    number, values, unit = text, None, UNIT.search(text)
+    if unit and not HEDGE.search(UNIT_POWER.sub("", unit[0])):
         number = text[:unit.start()]
         values = _values(number.rstrip("% "), seed)
-        if values and values[0] != values[1]:  # not a number: 3x\text{ cm} keeps its unit
-            values = None
-    if not values:
+    if not values or values[0] != values[1]:  # only a number loses its unit: 3x\text{ cm} does not
         number = text
         values = _values(number.rstrip("% "), seed)
     literal = LITERAL.fullmatch(number.strip())
@@ -333,38 +326,40 @@ def _leaf(text, seed):
     return "leaf", key, values, number.rstrip().endswith("%"), digits, None
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluate: LaTeX arithmetic by recursive descent, in fractions as long as they are exact and in
-# complex floats beyond. The tokens lie in a reversed list, "" at its bottom: pop() is the next.
+# ------------------------------------------------------------------------------------------------------------
+# Evaluate: LaTeX arithmetic by recursive descent, in fractions while they are exact, in complex floats beyond.
+# The tokens lie in a reversed list with "" at the bottom, so that pop() gives the next one.
 
-LEXER = re.compile(
-    r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|\^ ?\{? ?\\circ ?\}?(?![a-z])|\\[A-Za-z]+|\\."
-    r"|(?:sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|pi)(?![A-Za-z])|[^\s]", re.ASCII)
+SYMBOL = (  # a variable: a letter, or a letter with an accent, and its subscript
+    r"(?:[A-Za-z]|\\(?:d?dot|hat|bar|vec|tilde|overline|mathcal)(?: ?\{[^{}]*\}| [a-z])|\\(?:var|(?=[A-Z]))?(?i:"
+    + "|".join(sorted(GREEK.values(), reverse=True)) + r"|hbar|ell|mho|partial|prime|angle)(?![A-Za-z]))"
+    r"(?: ?_ ?(?:[A-Za-z0-9]|\\[a-z]+|\{(?:[^{}]|\{[^{}]*\})*\}))?'*")
+PLAIN_NAMES = r"(?:sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|pi)(?![A-Za-z])"
+LEXER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|\^ ?\{? ?\\circ ?\}?(?![a-z])|" + PLAIN_NAMES + "|" + SYMBOL
+                   + r"|\\[A-Za-z]+|\\.|[^\s]", re.ASCII)
 DIGITS = set("0123456789")
 GROUPS = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in (
-    "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()}
-FUNCTIONS.update({r"\ln": cmath.log, r"\cot": lambda z: 1 / cmath.tan(z),
-                  r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z)})
+CONSTANTS = {"e": math.e + 0j, "i": 1j, "pi": math.pi + 0j}
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
+    "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()} | {
+    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
+INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
 TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
-# The commands that stand for a variable or, like \vec, for a part of its name.
-SYMBOL = re.compile(r"[A-Za-z]|\\(?:var|[A-Z])?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu"
-                    r"|nu|xi|omicron|rho|sigma|tau|upsilon|phi|chi|psi|omega|amma|elta|heta|ambda|i|igma|hi|si|mega)"
-                    r"|\\(?:hbar|ell|mho|partial|prime|angle|d?dot|hat|bar|vec|tilde|overline|widehat|star)")
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def _values(text, seed):
-    """Return the values of an expression at three points (of a constant: thrice the same), or None."""
-    if INFINITY.fullmatch(text.strip()):
-        return [-math.inf if text.strip()[0] == "-" else math.inf] * 3
-    tokens = LEXER.findall(text)[::-1]
-    if WORD.fullmatch(text) and len(max(tokens, key=len)) == 1:
-        return None  # a word, not a product of letters
+    """Return the values of an expression at three points (of a constant thrice the same), or None."""
+    infinity = INFINITY.fullmatch(text.strip())
+    if infinity:
+        return [-math.inf if infinity[1] == "-" else math.inf] * 3
+    tokens = [re.sub(r"[{}\s]|\\text", "", token) if len(token) > 2 else token for token in LEXER.findall(text)]
+    if not tokens or WORD.fullmatch(text) and len(max(tokens, key=len)) == 1:  # a word, not a product of letters
+        return None
     values = []
     for number in "123":
-        point = {"^": math.pi / 180 if TRIGONOMETRIC.search(text) else 1, "seed": seed + number}
-        rest = [""] + tokens
+        point = {"seed": seed + number, "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
+        rest = [""] + tokens[::-1]
         try:
             values.append(_sum(rest, point))
         except FAILURES:
@@ -377,9 +372,9 @@ def _values(text, seed):
 
 
 def _variable(name, point):
-    """Return the value of a variable at a point: random, yet the same for both answers."""
-    seed = point["seed"]
+    """Return the value of a variable at a point: a random fraction, the same for both answers."""
     if name not in point:
+        seed = point["seed"]
         draw = zlib.crc32(f"{name} {seed}".encode(errors="replace"))
         size = 50 if "floor" in seed or "ceil" in seed else 1
         sign = -1 if "|" in seed and draw & 65536 else 1
@@ -390,61 +385,43 @@ def _variable(name, point):
 def _sum(tokens, point):
     value = _product(tokens, point)
     while tokens[-1] in ("+", "-"):
-        minus, term = tokens.pop() == "-", _product(tokens, point)
-        total = _bounded(value - term if minus else value + term)
-        # What is left of two floats that cancel is noise.
-        noise = isinstance(total, complex) and abs(total) < 1e-14 * abs(value)
-        value = Fraction(0) if noise else total
+        value = _apply(tokens.pop(), value, _product(tokens, point))
     return value
 
 
 def _product(tokens, point):
-    value = _signed(tokens, point)
-    while True:
-        token = tokens[-1]
-        if token in ("*", "/"):
-            tokens.pop()
-            factor = _signed(tokens, point)
-        elif _begins_factor(token):
-            factor = _power(tokens, point)
-        else:
-            return value
-        product = _bounded(value / factor if token == "/" else value * factor)
-        if product == 0 and value != 0 and factor != 0:
-            raise OverflowError("underflow")
-        value = product
+    value = _power(tokens, point)
+    while tokens[-1] in ("*", "/") or _begins_factor(tokens[-1]):
+        sign = tokens.pop() if tokens[-1] in ("*", "/") else "*"
+        value = _apply(sign, value, _power(tokens, point))
+    return value
 
 
 def _begins_factor(token):
     """Whether a token right after a factor multiplies it. A number does not: 2 3 is no product."""
-    return token.isalpha() or token in ("(", "[", "{") or (token[:1] == "\\" and token not in GROUPS.values())
-
-
-def _signed(tokens, point):
-    sign = 1
-    while tokens[-1] in ("+", "-"):
-        sign = -sign if tokens.pop() == "-" else sign
-    return sign * _power(tokens, point)
+    return token[:1].isalpha() or token in ("(", "[", "{") or token[:1] == "\\" and token not in GROUPS.values()
 
 
 def _power(tokens, point):
+    if tokens[-1] in ("+", "-"):
+        sign = 1
+        while tokens[-1] in ("+", "-"):
+            sign = -sign if tokens.pop() == "-" else sign
+        return sign * _power(tokens, point)
     value = _atom(tokens, point)
-    while True:
-        if tokens[-1] == "^":
-            tokens.pop()
-            value = _raise(value, _argument(tokens, point))
-        elif tokens[-1] == "!" and tokens[-2:-1] != ["!"]:
-            tokens.pop()
+    while tokens[-1][:1] in ("^", "!"):
+        token = tokens.pop()
+        if token == "^":
+            value = _apply("^", value, _argument(tokens, point))
+        elif token == "!":
             value = _factorial(value)
-        elif tokens[-1].startswith("^"):
-            tokens.pop()
-            value = value * point["^"]  # a degree
         else:
-            return value
+            value = value * point["degree"]
+    return value
 
 
 def _argument(tokens, point):
-    """What a command or ^ applies to: a group or one token; of a number one digit, as in TeX."""
+    """Return what a command or ^ applies to: a group or one token; of a number one digit, as in TeX."""
     token = tokens[-1]
     if token == "-":
         tokens.pop()
@@ -457,64 +434,41 @@ def _argument(tokens, point):
 
 def _atom(tokens, point):
     token = tokens.pop()
+    name = token.lstrip("\\")
     if token[:1] in DIGITS or token[:1] == "." != token:
         mantissa, _, exponent = token.lower().partition("e")
-        if len(exponent) > 5 or abs(int(exponent or 0)) > MAX_BITS // 4:
-            raise OverflowError("exponent")
-        return _bounded(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
+        return Fraction(mantissa) * _apply("^", Fraction(10), Fraction(exponent or 0))
     if token in GROUPS:
         value = _sum(tokens, point)
         if tokens.pop() != GROUPS[token]:
             raise ValueError("bracket")
-        if token in (r"\lfloor", r"\lceil"):
+        if name in ("lfloor", "lceil"):
             value = value if isinstance(value, Fraction) else _real(value)
-            return Fraction(math.floor(value + 1e-12) if token == r"\lfloor" else math.ceil(value - 1e-12))
+            return Fraction(math.floor(value + 1e-12) if name == "lfloor" else math.ceil(value - 1e-12))
         return abs(value) if token == "|" else value
-    if token == r"\frac":
-        return _bounded(_argument(tokens, point) / _argument(tokens, point))
-    if token == r"\binom":
+    if name == "frac":
+        return _apply("/", _argument(tokens, point), _argument(tokens, point))
+    if name == "binom":
         above, below = _argument(tokens, point), _argument(tokens, point)
         return _factorial(above) / (_factorial(below) * _factorial(above - below))
-    if token in (r"\sqrt", "sqrt"):
+    if name == "sqrt":
         degree = Fraction(2)
         if tokens[-1] == "[":
-            tokens.pop()
-            degree = _sum(tokens, point)
-            if tokens.pop() != "]":
-                raise ValueError("bracket")
-        return _raise(_argument(tokens, point), 1 / degree)
-    if "\\" + token.lstrip("\\") in FUNCTIONS:
-        return _function("\\" + token.lstrip("\\"), tokens, point)
-    if token == r"\text":
-        token = _raw(tokens)
-    if tokens[-1] != "_":
-        constant = {"e": math.e + 0j, "i": 1j, r"\pi": math.pi + 0j, "pi": math.pi + 0j}.get(token)
-        if constant:
-            return constant
-    if not SYMBOL.fullmatch(token):
+            degree = _atom(tokens, point)
+        return _apply("^", _argument(tokens, point), 1 / degree)
+    if name in FUNCTIONS:
+        return _function(name, tokens, point)
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    if not re.match(SYMBOL, token):
         raise ValueError("unknown symbol")
-    if token[0] == "\\" and tokens[-1] == "{":
-        token += _raw(tokens)
-    while tokens[-1] in ("_", "'"):
-        token += tokens.pop().replace("_", "_" + _raw(tokens) if tokens[-1] != "'" else "_")
     return _variable(token, point)
 
 
-def _raw(tokens):
-    """Return the text of one argument that is not computed, such as a subscript."""
-    token, depth, text = tokens.pop(), 0, ""
-    while True:
-        depth += (token == "{") - (token == "}")
-        text += token.strip("{}")
-        if depth == 0:
-            return text
-        token = tokens.pop()
-
-
 def _function(name, tokens, point):
-    """Return the value of a function, of which only the name has been read."""
+    """Return the value of a function of which only the name has been read."""
     base, exponent = None, None
-    if tokens[-1] == "_" and name == r"\log":
+    if tokens[-1] == "_" and name == "log":
         tokens.pop()
         base = _argument(tokens, point)
     if tokens[-1] == "^":
@@ -523,33 +477,42 @@ def _function(name, tokens, point):
     if tokens[-1] in GROUPS:
         value = _atom(tokens, point)
     else:  # without brackets it takes the factors that follow: \sin 2x
-        value = _signed(tokens, point)
-        while _begins_factor(tokens[-1]) and tokens[-1] not in FUNCTIONS:
-            value = _bounded(value * _power(tokens, point))
+        value = _power(tokens, point)
+        while _begins_factor(tokens[-1]) and tokens[-1].lstrip("\\") not in FUNCTIONS:
+            value = _apply("*", value, _power(tokens, point))
     if exponent == -1:
-        name, exponent = r"\arc" + name[1:], None
+        name, exponent = "arc" + name, None
     result = FUNCTIONS[name](value) / (cmath.log(base) if base else 1)
-    if abs(result) > 1e15 or result == 0 and name == r"\exp":
+    if abs(result) > 1e15 or result == 0 and name == "exp":
         raise OverflowError(name)
     if abs(result) < 1e-14 * abs(value):  # \sin\pi
         result = 0j
-    return result if exponent is None else _raise(result, exponent)
+    return result if exponent is None else _apply("^", result, exponent)
 
 
-def _raise(base, exponent):
-    """Return base to the exponent, refused before it is computed where it would be too large."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if exponent.denominator == 1:
-            if abs(exponent) * bits > MAX_BITS:
-                raise OverflowError("power")
-            return base ** int(exponent)
-        if base < 0 and exponent.denominator % 2:  # the real root
-            return (-1) ** (exponent.numerator % 2) * _raise(-base, exponent)
-    result = complex(base) ** complex(exponent)
-    if result == 0 and base != 0:
-        raise OverflowError("underflow")
-    return _bounded(result)
+def _apply(sign, a, b):
+    """Return a sign b, or raise where it would be too large or, other than 0, too small to hold."""
+    if sign == "^":
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            if b.denominator == 1:
+                if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
+                    raise OverflowError("power")
+                return a ** int(b)
+            if a < 0 and b.denominator % 2:  # the real root of a negative number
+                return (-1) ** (b.numerator % 2) * _apply("^", -a, b)
+        value = complex(a) ** complex(b)
+    elif sign in "+-":
+        value = a + b if sign == "+" else a - b
+        if isinstance(value, complex) and abs(value) < 1e-14 * abs(a):  # what is left of floats that cancel
+            return Fraction(0)
+    else:
+        value = a * b if sign == "*" else a / b
+    if isinstance(value, Fraction):
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            raise OverflowError("digits")
+    elif not cmath.isfinite(value) or value == 0 and sign not in "+-" and a != 0 != b:
+        raise OverflowError("float")
+    return value
 
 
 def _factorial(value):
@@ -557,7 +520,7 @@ def _factorial(value):
         if value > MAX_FACTORIAL:
             raise OverflowError("factorial")
         return Fraction(math.factorial(int(value)))
-    return _bounded(complex(math.gamma(_real(value) + 1)))
+    return complex(math.gamma(_real(value) + 1))
 
 
 def _real(value):
@@ -567,22 +530,16 @@ def _real(value):
     return value.real
 
 
-def _bounded(value):
-    """Return value, or raise where it is too large to go on with."""
-    if isinstance(value, Fraction):
-        if value.numerator.bit_length() + value.denominator.bit_length() > 2 * MAX_BITS:
-            raise OverflowError("digits")
-    elif not cmath.isfinite(value):
-        raise OverflowError("infinite")
-    return value
-
-
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Compare.
 
+PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
+
+
 def answers_equal(prediction, gold):
-    """Return whether prediction is worth gold. An empty gold equals nothing, and so does what is
-    no string. An answer of more than MAX_LENGTH characters or MAX_DEPTH brackets deep equals only itself.
+    """Return whether prediction is worth gold. An empty gold is worth nothing, and so is what is no string.
+
+    What lies beyond the bounds at the top of this file equals only itself.
     """
     if not isinstance(prediction, str) or not isinstance(gold, str):
         return False
@@ -591,29 +548,25 @@ def answers_equal(prediction, gold):
         return prediction == gold
     if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(gold):
         return Fraction(prediction) == Fraction(gold)
-    same = prediction == gold
-    prediction, gold = _clean(prediction), _clean(gold)
-    if not prediction or not gold or same or prediction == gold:
-        return bool(gold) and bool(prediction)
-    if max(_depth(prediction), _depth(gold)) > MAX_DEPTH:
+    texts = [_clean(prediction), _clean(gold)]
+    if "" in texts or prediction == gold or texts[0] == texts[1]:
+        return "" not in texts
+    if any(_too_deep(text) for text in texts):
         return False
-    seed = min(prediction, gold) + "\n" + max(prediction, gold)
-    grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda number: number[0].replace(",", ""), text)
-               for text in (prediction, gold)]
-    if _equal(_parse(grouped[0], seed), _parse(grouped[1], seed)):
-        return True
-    # 100,200 was read as one number. Unless a group begins with 0 it may be two.
-    if grouped == [prediction, gold] or re.search(r",0\d\d", prediction + gold):
-        return False
-    return _equal(_parse(prediction, seed), _parse(gold, seed))
+    seed = "\n".join(sorted(texts))
+    grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+               for text in texts]
+    # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
+    return _equal(*(_parse(text, seed) for text in grouped)) or (
+        grouped != texts and not re.search(r",0\d\d", seed) and _equal(*(_parse(text, seed) for text in texts)))
 
 
-def _depth(text):
+def _too_deep(text):
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
         deepest = max(deepest, depth)
-    return max(deepest, text.count("\\") // 5)
+    return deepest > MAX_DEPTH or text.count("\\") > MAX_COMMANDS
 
 
 def _equal(a, b):
@@ -622,28 +575,25 @@ def _equal(a, b):
         return _equal_leaves(a, b)
     if a[0] == b[0] == "=":
         return a[1] == b[1] and _equal(a[2], b[2]) or _proportional(a[3], b[3])
-    if b[0] == "=":
-        a, b = b, a
+    a, b = (b, a) if b[0] == "=" else (a, b)
     if a[0] == "=":
         return a[4] and _equal(a[2], b)
     unordered = ("list", "set", "union")
-    if b[0] in unordered and a[0] not in unordered:
-        a, b = b, a
     if a[0] in unordered and b[0] in unordered:
         return _same_items(a[1], b[1])
+    a, b = (b, a) if b[0] in unordered or b[0] == "matrix" else (a, b)
     if a[0] in unordered and len(a[1]) == 1:
         return _equal(a[1][0], b)
-    if a[0] == "matrix" and b[0] == "()":
-        a, b = b, a
-    if b[0] == "matrix" and a[0] == "()":  # a vector written as a tuple
-        cells = [row[1] for row in b[1]]
-        b = ("()", cells[0] if len(cells) == 1 else [row[0] for row in cells if len(row) == 1])
-    same_kind = a[0] == b[0] or a[0] == "list" and b[0] == "()"  # a tuple may lose its parentheses
-    return same_kind and "leaf" not in (a[0], b[0]) and len(a[1]) == len(b[1]) and all(map(_equal, a[1], b[1]))
+    if a[0] == "matrix" and b[0] == "()":  # a vector may be written as a tuple
+        rows = [row[1] for row in a[1]]
+        a = "()", rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
+    if a[0] == "list" and b[0] == "()":  # a tuple may lose its parentheses
+        a = "()", a[1]
+    return a[0] == b[0] != "leaf" and len(a[1]) == len(b[1]) and all(map(_equal, a[1], b[1]))
 
 
 def _same_items(a, b):
-    """Whether two rows of items are the same in some order, each as often."""
+    """Whether two lists hold the same items in some order, each as often."""
     if len(a) != len(b) or len(a) > MAX_ITEMS:
         return a == b
     left = list(b)
@@ -655,19 +605,12 @@ def _same_items(a, b):
     return True
 
 
-def _proportional(a, b):
-    """Whether two equations, given by left minus right, differ by a constant factor."""
-    if not a or not b or a[0] == a[1] or b[0] == b[1]:
-        return False
-    return all(_close(a[0] * b[point], b[0] * a[point]) for point in (1, 2))
-
-
 def _equal_leaves(a, b):
     _, key, values, percent, digits, base = a
     _, other_key, other_values, other_percent, other_digits, other_base = b
     if key == other_key:
         return True
-    if base or other_base:  # a dropped base is forgiven, another base is not
+    if base or other_base:  # a dropped base is forgiven, another one is not
         return base == other_base or not (base and other_base) and (
             key.lstrip("0") == other_base[0] if other_base else other_key.lstrip("0") == base[0])
     if not values or not other_values:
@@ -677,9 +620,14 @@ def _equal_leaves(a, b):
     if percent != other_percent:  # 50% is 0.5, and its sign may be lost
         scale = Fraction(1, 100) if percent else 100
         return all(_close(value * scale, other) for value, other in zip(values, other_values))
-    if digits and other_digits:
+    return not (digits and other_digits) and _agree(values[0], other_values[0], max(digits, other_digits))
+
+
+def _proportional(a, b):
+    """Whether two equations, given by left - right, differ by a constant factor."""
+    if not a or not b or a[0] == a[1] or b[0] == b[1]:
         return False
-    return _agree(values[0], other_values[0], max(digits, other_digits))
+    return all(_close(a[0] * b[point], b[0] * a[point]) for point in (1, 2))
 
 
 def _close(a, b):
@@ -693,20 +641,12 @@ def _close(a, b):
 
 
 def _agree(a, b, digits):
-    """Whether a decimal of so many digits, at least 8, is the other value, rounded or cut off."""
+    """Whether a decimal of so many digits, at least 8, is the other value rounded or cut off."""
     try:
-        a, b = _real(a), _real(b)
+        a, b, digits = _real(a), _real(b), min(digits, 15)
     except FAILURES:
         return False
-    digits = min(digits, 15)
-    if digits < 8 or a * b <= 0:
-        return False
+    rounded = [f"{value:.{digits - 1}e}" for value in (a, b)] if digits >= 8 else ["", "no"]
     cut = [f"{value:.17e}" for value in (a, b)]
-    cut = [text[:text.index(".") + digits] + text[text.index("e"):] for text in cut]
-    return cut[0] == cut[1] or f"{a:.{digits - 1}e}" == f"{b:.{digits - 1}e}"
-
-
-def score(completion, golds):
-    """Return one bool a gold: whether the completion answers that problem correctly."""
-    answers = extract_answers(completion, len(golds))
-    return [answers_equal(answer, gold) for answer, gold in zip(answers, golds)]
+    cut = [text[:text.index("e") - 18 + digits] + text[text.index("e"):] for text in cut] if digits >= 8 else ["", "no"]
+    return rounded[0] == rounded[1] or cut[0] == cut[1]
