@@ -15,6 +15,7 @@ import re
 import unicodedata
 import zlib
 from fractions import Fraction
+from itertools import accumulate
 
 MAX_LENGTH = 1000    # characters of an answer; a longer one equals only itself
 MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
@@ -26,21 +27,16 @@ MAX_BITS = 4096      # size of a numerator or a denominator
 MAX_FACTORIAL = 500
 
 
-def score(completion, golds):
-    """Return one bool a gold: whether the completion answers that problem correctly."""
-    golds = golds if isinstance(golds, (list, tuple)) else []
-    return [answers_equal(answer, gold) for answer, gold in zip(extract_answers(completion, len(golds)), golds)]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Extract: a completion is a row of headers `### Problem i`, labels `Answer i:` and boxes.
 # Each pattern begins with a fixed word: so 400,000 characters are searched in a millisecond.
 
 INDEX = r"[ \t*_#(]{0,4}([0-9]{1,99}|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
 HEADER = re.compile(r"roblem" + INDEX)
-HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
+HEADER_START = re.compile(r"\n[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
 LABEL = re.compile(r"nswer(?:[ \t](?:to|for))?(?:[ \t][Pp]roblem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
 BOX = re.compile(r"box(?:(?<=\\fbox)|ed(?<=\\boxed))(?![a-z])\s{0,9}")
+MARKS = ((HEADER, "roblem"), (LABEL, "nswer"), (BOX, "box"))
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 UNBRACED = re.compile(r"\\[A-Za-z]+[^\s$]*|[^\s$\\{}]+")
 MARKUP = re.compile(r"[\s$*_:>\\\[\](){}-]{0,100}")
@@ -54,24 +50,24 @@ def extract_answers(completion, n):
     the last one counts. What follows `</think>` wins over what precedes it.
     """
     answers = [None] * n if isinstance(n, int) else []
-    if isinstance(completion, str):
-        text = completion.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
-        thinking, _, reply = text.rpartition("</think>")
-        for part in (thinking, reply):
-            for index, answer in _boxed_answers(part, n).items():
-                answers[index - 1] = answer
+    text = completion if isinstance(completion, str) else ""
+    text = text.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
+    thinking, _, reply = text.rpartition("</think>")
+    for part in (thinking, reply):
+        for index, answer in _boxed_answers("\n" + part, n).items():
+            answers[index - 1] = answer
     return answers
 
 
 def _boxed_answers(text, n):
     """Return {index: answer} of one stretch of text."""
-    headers = [mark for mark in _marks(HEADER, "roblem", text)
-               if HEADER_START.search(text[max(0, mark.start() - 20):mark.start()] if mark.start() > 20
-                                      else "\n" + text[:mark.start()])]
-    section = 1 if n == 1 and not headers else 0  # a lone problem needs no header
+    marks = [mark for pattern, word in MARKS
+             for mark in pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
+             if pattern is not HEADER or HEADER_START.search(text, max(0, mark.start() - 20), mark.start())]
+    section = int(n == 1 and all(mark.re is not HEADER for mark in marks))  # a lone problem needs no header
     label, label_end, used = 0, None, False
     boxes = {}  # (index, labelled): where its boxes begin, in order
-    for mark in sorted([*headers, *_marks(LABEL, "nswer", text), *_marks(BOX, "box", text)], key=re.Match.start):
+    for mark in sorted(marks, key=re.Match.start):
         if mark.re is HEADER:
             section, label_end = _index(mark), None
         elif mark.re is LABEL:
@@ -79,23 +75,19 @@ def _boxed_answers(text, n):
         else:
             # A label owns the boxes of its line or, where that has none, the box that follows at once.
             if label_end is not None and text.find("\n", label_end, mark.start()) >= 0:
-                if used or not MARKUP.fullmatch(text, label_end, mark.start() - 1):
+                if used or not MARKUP.fullmatch(text, label_end, mark.start()):
                     label_end = None
-            labelled = label_end is not None
-            boxes.setdefault((label if labelled else section, labelled), []).append(mark.end())
-            label_end, used = (mark.end(), True) if labelled else (None, used)
+            owner = (section, False) if label_end is None else (label, True)
+            boxes.setdefault(owner, []).append(mark.end())
+            label_end, used = label_end and mark.end(), True
     answers = {}
     for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second: they win
-        answer = _last_box(text, starts[-MAX_TRIES:]) if 1 <= index <= n else None
+        contents = [_box(text, start) for start in starts[-MAX_TRIES:] if 1 <= index <= n]
+        contents = [content for content in contents if not PLACEHOLDER.fullmatch(content)]
         # The i of the prompt's `Answer i:` is an answer only where there is no other.
-        if answer is not None and (answer != "i" or index not in answers):
-            answers[index] = answer
+        if contents and (contents[-1] != "i" or index not in answers):
+            answers[index] = contents[-1]
     return answers
-
-
-def _marks(pattern, word, text):
-    """Return the matches of a pattern that begins with word, among the last MAX_MARKS of that word."""
-    return pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
 
 
 def _index(mark):
@@ -103,29 +95,17 @@ def _index(mark):
     return int(mark[1]) if len(mark[1]) < 10 and mark[1] != "i" and not mark[2] else 0
 
 
-def _last_box(text, starts):
-    """Return what stands in the last box that is closed and holds an answer, or None."""
-    answer, answer_start = None, None
-    for start in reversed(starts):
-        content, end = _box(text, start)
-        if answer is not None and end < answer_start:  # not a box around the one that was found
-            break
-        if content is not None and not PLACEHOLDER.fullmatch(content):
-            answer, answer_start = content, start
-    return answer
-
-
 def _box(text, start):
-    """Return (content, end) of the box whose braces begin at start, (None, 0) where they never end."""
+    """Return what stands in the box whose braces begin at start, "" where they never end."""
     if text[start:start + 1] != "{":
         token = UNBRACED.match(text, start, start + MAX_LENGTH)
-        return (token[0], token.end()) if token else (None, 0)
+        return token[0] if token else ""
     depth = 0
     for brace in BRACE.finditer(text, start, start + MAX_LENGTH):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
-            return text[start + 1:brace.start()].strip(), brace.end()
-    return None, 0
+            return text[start + 1:brace.start()].strip()
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,6 +127,12 @@ COMMANDS = {"\\" + command: meaning for commands, meaning in {
     "vert lvert rvert": "|", "varnothing": r"\emptyset", "%": "%", "degree": r"^\circ", "lg": r"\log_{10}",
     "textbf textit textrm textsf textnormal mathrm mathbf mathit mathsf mbox": r"\text",
 }.items() for command in commands.split()} | {"\\ ": " "}
+def _mixed(match):
+    r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
+    whole, top, bottom = match[1], match[2] or match[3], match[4] or match[5]
+    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
+
+
 RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),                     # 1{,}234  10,\!080  1\,234
     (r"\\(?:[A-Za-z]+|.)", lambda match: COMMANDS.get(match[0], match[0])),
@@ -156,8 +142,8 @@ RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
     (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                         # 4.5*10^33, not 2^12
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
-    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", lambda match: _mixed(match)),
-    (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", lambda match: _mixed(match)),
+    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", _mixed),
+    (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", _mixed),
     (r"\)(?= ?\d)", ")*"),
 )]
 
@@ -174,18 +160,12 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-def _mixed(match):
-    r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
-    whole, top, bottom = match[1], match[2] or match[3], match[4] or match[5]
-    return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Parse: an answer becomes nested tuples, the kind first.
 #   ("list", items), ("set", items), ("union", items)            their order does not count
 #   ("()", items), ("[)", items), ..., ("matrix", rows)          it does in tuples, intervals and matrices
 #   ("=", left, tree of the right, left - right, droppable)      x = 5, whose left side may be dropped
-#   ("leaf", text, values, percent, digits of a decimal, base)   a number, an expression, a word
+#   ("leaf", text, values, percent, literal digits, base)        a number, an expression, a word
 
 NEST = r"\\\\|\\(?:begin|end)(?![a-z])|\\?[{}]|[()\[\]]"
 BRACKET, COMMA, UNION, RELATION, ROW, CELL = (re.compile(f"({separator})|{NEST}") for separator in (
@@ -199,7 +179,7 @@ NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\
                   r"|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
 WORD = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z']+)*")
 BASE = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
-LITERAL = re.compile(r"[+-]? ?([0-9]*)(\.?)([0-9]*)")
+LITERAL = re.compile(r"[+-]? ?0*([0-9]*)(\.?[0-9]*)")
 # What may follow a number without changing it, and the words that would change it.
 UNIT = re.compile(
     r"(?: ?[*/]? ?\\text ?\{[^{}]*\}(?: ?\^ ?(?:\{-?\d\}|\d))?){1,4}$"
@@ -238,7 +218,7 @@ def _brackets(text):
 
 
 def _parse(text, seed):
-    """Return the tree of a cleaned text. The seed is for _variable."""
+    """Return the tree of a cleaned text. The seed draws the values of variables."""
     text = text.strip().rstrip(" .")
     wrapped = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
     text = wrapped[1].strip().rstrip(" .") if wrapped else text
@@ -295,11 +275,10 @@ def _relation(parts, text, seed):
         droppable = named[0] or difference == [0, 0, 0] or bool(number and WORD.fullmatch(left))
         return "=", left.replace(" ", ""), tree, difference, droppable
     # -2 < x \le 7 and x > 3 are intervals. Turn them so that they rise.
-    falling = {">": "(", r"\ge": "["}
-    if signs[0] in falling:
+    if signs[0] in (">", r"\ge"):
         signs, sides, named = [{">": "<", r"\ge": r"\le"}.get(sign) for sign in signs[::-1]], sides[::-1], named[::-1]
     if not {"<", r"\le"}.issuperset(signs) or named not in ([True, False], [False, True], [False, True, False]):
-        return "leaf", text.replace(" ", ""), None, False, 0, None
+        return "leaf", text.replace(" ", ""), None, False, None, None
     low, high = (r"-\infty" if named[0] else sides[0]), (r"\infty" if named[-1] else sides[-1])
     opening = "[" if signs[0] == r"\le" and not named[0] else "("
     closing = "]" if signs[-1] == r"\le" and not named[-1] else ")"
@@ -313,7 +292,7 @@ def _leaf(text, seed):
     key = key.rstrip(")").casefold() if re.fullmatch(r"[^\W\d_]+\)?", key) else key
     base = BASE.fullmatch(text.replace(" ", ""))
     if base:
-        return "leaf", key, None, False, 0, (base[1].lstrip("0"), int(base[2] or base[3]))
+        return "leaf", key, None, False, None, (base[1].lstrip("0"), int(base[2] or base[3]))
     number, values, unit = text, None, UNIT.search(text)
     if unit and not HEDGE.search(UNIT_POWER.sub("", unit[0])):
         number = text[:unit.start()]
@@ -322,8 +301,7 @@ def _leaf(text, seed):
         number = text
         values = _values(number.rstrip("% "), seed)
     literal = LITERAL.fullmatch(number.strip())
-    digits = 0 if not literal else len((literal[1] + literal[3]).lstrip("0")) if literal[3] else -1
-    return "leaf", key, values, number.rstrip().endswith("%"), digits, None
+    return "leaf", key, values, number.rstrip().endswith("%"), literal and literal[1] + literal[2], None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,17 +349,6 @@ def _values(text, seed):
     return values
 
 
-def _variable(name, point):
-    """Return the value of a variable at a point: a random fraction, the same for both answers."""
-    if name not in point:
-        seed = point["seed"]
-        draw = zlib.crc32(f"{name} {seed}".encode(errors="replace"))
-        size = 50 if "floor" in seed or "ceil" in seed else 1
-        sign = -1 if "|" in seed and draw & 65536 else 1
-        point[name] = Fraction(sign * size * (500 + draw % 2500), 997)
-    return point[name]
-
-
 def _sum(tokens, point):
     value = _product(tokens, point)
     while tokens[-1] in ("+", "-"):
@@ -403,11 +370,9 @@ def _begins_factor(token):
 
 
 def _power(tokens, point):
-    if tokens[-1] in ("+", "-"):
-        sign = 1
-        while tokens[-1] in ("+", "-"):
-            sign = -sign if tokens.pop() == "-" else sign
-        return sign * _power(tokens, point)
+    sign = 1
+    while tokens[-1] in ("+", "-"):
+        sign = -sign if tokens.pop() == "-" else sign
     value = _atom(tokens, point)
     while tokens[-1][:1] in ("^", "!"):
         token = tokens.pop()
@@ -417,7 +382,7 @@ def _power(tokens, point):
             value = _factorial(value)
         else:
             value = value * point["degree"]
-    return value
+    return sign * value
 
 
 def _argument(tokens, point):
@@ -462,7 +427,12 @@ def _atom(tokens, point):
         return CONSTANTS[name]
     if not re.match(SYMBOL, token):
         raise ValueError("unknown symbol")
-    return _variable(token, point)
+    if token not in point:  # a variable is a random fraction, the same one in both answers
+        draw = zlib.crc32((token + point["seed"]).encode(errors="replace"))
+        size = 50 if "floor" in point["seed"] or "ceil" in point["seed"] else 1
+        sign = -1 if "|" in point["seed"] and draw & 65536 else 1
+        point[token] = Fraction(sign * size * (500 + draw % 2500), 997)
+    return point[token]
 
 
 def _function(name, tokens, point):
@@ -551,7 +521,7 @@ def answers_equal(prediction, gold):
     texts = [_clean(prediction), _clean(gold)]
     if "" in texts or prediction == gold or texts[0] == texts[1]:
         return "" not in texts
-    if any(_too_deep(text) for text in texts):
+    if any(text.count("\\") > MAX_COMMANDS or max(accumulate((char in "([{") - (char in ")]}") for char in text)) > MAX_DEPTH for text in texts):
         return False
     seed = "\n".join(sorted(texts))
     grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
@@ -559,14 +529,6 @@ def answers_equal(prediction, gold):
     # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
     return _equal(*(_parse(text, seed) for text in grouped)) or (
         grouped != texts and not re.search(r",0\d\d", seed) and _equal(*(_parse(text, seed) for text in texts)))
-
-
-def _too_deep(text):
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return deepest > MAX_DEPTH or text.count("\\") > MAX_COMMANDS
 
 
 def _equal(a, b):
@@ -606,8 +568,8 @@ def _same_items(a, b):
 
 
 def _equal_leaves(a, b):
-    _, key, values, percent, digits, base = a
-    _, other_key, other_values, other_percent, other_digits, other_base = b
+    _, key, values, percent, literal, base = a
+    _, other_key, other_values, other_percent, other_literal, other_base = b
     if key == other_key:
         return True
     if base or other_base:  # a dropped base is forgiven, another one is not
@@ -620,7 +582,9 @@ def _equal_leaves(a, b):
     if percent != other_percent:  # 50% is 0.5, and its sign may be lost
         scale = Fraction(1, 100) if percent else 100
         return all(_close(value * scale, other) for value, other in zip(values, other_values))
-    return not (digits and other_digits) and _agree(values[0], other_values[0], max(digits, other_digits))
+    if literal and not other_literal:
+        return _rounds(literal, values[0], other_values[0])
+    return bool(other_literal and not literal) and _rounds(other_literal, other_values[0], values[0])
 
 
 def _proportional(a, b):
@@ -640,13 +604,16 @@ def _close(a, b):
         return False
 
 
-def _agree(a, b, digits):
-    """Whether a decimal of so many digits, at least 8, is the other value rounded or cut off."""
-    try:
-        a, b, digits = _real(a), _real(b), min(digits, 15)
-    except FAILURES:
+def _rounds(literal, decimal, value):
+    """Whether a decimal of 8 significant digits or more is value, rounded or cut off."""
+    digits, _, places = literal.partition(".")
+    if len((digits + places).lstrip("0")) < 8 or isinstance(value, complex) and value.imag:
         return False
-    rounded = [f"{value:.{digits - 1}e}" for value in (a, b)] if digits >= 8 else ["", "no"]
-    cut = [f"{value:.17e}" for value in (a, b)]
-    cut = [text[:text.index("e") - 18 + digits] + text[text.index("e"):] for text in cut] if digits >= 8 else ["", "no"]
-    return rounded[0] == rounded[1] or cut[0] == cut[1]
+    step, value = 10.0 ** -len(places), value.real
+    return abs(value - decimal) <= step / 2 or abs(decimal) < abs(value) and abs(value - decimal) < step
+
+
+def score(completion, golds):
+    """Return one bool a gold: whether the completion answers that problem correctly."""
+    golds = golds if isinstance(golds, (list, tuple)) else []
+    return [answers_equal(answer, gold) for answer, gold in zip(extract_answers(completion, len(golds)), golds)]
