@@ -1,0 +1,311 @@
+"""
+The tiny world: small arithmetic problems, worked solutions that check themselves far too often,
+and a small model that learned to write them.
+
+    python data/tiny/make.py                 makes everything beside this file anew, from a seed
+    python data/tiny/make.py --measure       measures the shipped base model (see `measure`)
+
+What makes the world a fair test of BCR is written at `write_solution`: the loops cost tokens and
+nothing else, so that no method which looks at correctness alone has a reason to shorten them.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from bcr import batch_prompt, encode_chat, load_chat  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+
+MODEL = HERE / "model"
+KINDS = ("sum", "story", "letters", "fraction")
+STEPS = (2, 3, 4, 5)  # operations in a problem: its difficulty
+LARGEST, OPERAND = 40, 15  # running totals lie in 0..LARGEST, what is added or taken in 1..OPERAND
+
+# ----------------------------------------------------------------------------------------------
+# Problems: a start, then a chain of + and -
+
+
+def make_problem(rng, kind=None, steps=None):
+    """A problem {"problem", "answer", "difficulty", "kind"} with its hidden "chain": (start,
+    [(sign, operand), ...], denominator or None). The operands of a chain differ from each other:
+    what comes after `+ 5` can be found by looking for the 5."""
+    kind, steps = kind or rng.choice(KINDS), steps or rng.choice(STEPS)
+    total = start = rng.randint(1, LARGEST // 2)
+    chain = []
+    for operand in rng.sample(range(1, OPERAND + 1), steps):
+        signs = [sign for sign in (1, -1) if 0 <= total + sign * operand <= LARGEST]
+        chain.append((rng.choice(signs), operand))
+        total += chain[-1][0] * operand
+    denominator = None
+    if kind == "sum":
+        text = f"What is {expression(start, chain)}?"
+    elif kind == "story":
+        who, thing = rng.choice(("Ann", "Ben", "Eva", "Tom")), rng.choice(("pens", "nuts", "cards", "coins"))
+        moves = [f"{rng.choice(('gets', 'finds') if sign > 0 else ('loses', 'sells'))} {operand}"
+                 for sign, operand in chain]
+        text = f"{who} has {start} {thing}, {', '.join(moves)}. How many {thing} are left?"
+    elif kind == "letters":
+        names = "abcdef"[: steps + 1]
+        values = ", ".join(f"{name} = {v}" for name, v in zip(names, [start] + [b for _, b in chain]))
+        formula = names[0] + "".join(f" {'+' if s > 0 else '-'} {x}" for x, (s, _) in zip(names[1:], chain))
+        text = f"With {values}, what is {formula}?"
+    else:
+        denominator = rng.choice((3, 4, 5, 6, 7, 8, 9))
+        text = f"What is {expression(start, chain, f'/{denominator}')}?"
+    value = Fraction(total, denominator or 1)
+    answer = str(value) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return {"problem": text, "answer": answer, "difficulty": steps, "kind": kind,
+            "chain": (start, chain, denominator)}
+
+
+def new_problem(rng, known):
+    """A problem whose text is not in the set `known`."""
+    while (problem := make_problem(rng))["problem"] in known:
+        pass
+    return problem
+
+
+def make_problems(rng, count, known, source):
+    """`count` problems, as different from each other as from `known`, which grows by them."""
+    problems = []
+    for number in range(count):
+        problem = new_problem(rng, known)
+        known.add(problem["problem"])
+        problems.append({"id": f"tiny/{source}/{number}", **{k: v for k, v in problem.items() if k != "chain"}})
+    return problems
+
+
+def expression(start, chain, after=""):
+    return f"{start}{after}" + "".join(f" {'+' if s > 0 else '-'} {b}{after}" for s, b in chain)
+
+
+# ----------------------------------------------------------------------------------------------
+# Solutions, as the base model learns to write them
+
+
+def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.006, redo=0.4):
+    """One worked solution: the text between the header `### Problem i` and `Answer i:`, and the
+    number that goes into the box.
+
+    A share `direct` has no steps at all: there is something to fall into for a method that rewards
+    shortness alone. A share `plain` has steps and no checks. All others check each step 0, 1 or 2
+    times, and a share `redo` of those does the whole chain again.
+
+    A share `slip` of the steps is written wrong. The first check that follows finds it and mends
+    it; where none follows the answer is wrong. So checks have a purpose, a long solution is at
+    least as often right as a short one, and correctness alone gives no reason to drop them."""
+    start, chain, denominator = problem["chain"]
+    true = start + sum(sign * operand for sign, operand in chain)
+    if rng.random() < direct:
+        return "", boxed(true, denominator)
+    checks = rng.random() >= plain
+    parts = []
+    if rng.random() < restate:
+        parts.append(f"We need {expression(start, chain)}.")
+    total = start
+    for i, (sign, operand) in enumerate(chain):
+        before, right = total, total + sign * operand
+        total = right
+        if rng.random() < slip:
+            total = rng.choice([v for v in (right - 2, right - 1, right + 1, right + 2) if v >= 0])
+        parts.append(f"{step(before, sign, operand)} = {total}.")
+        for _ in range(rng.choices((0, 1, 2), (0.25, 0.45, 0.3))[0] if checks else 0):
+            if rng.random() < 0.6 and total - sign * operand >= 0:
+                found = total - sign * operand
+                text = f"Wait, check: {step(total, -sign, operand)} = {found}, "
+                text += "ok." if total == right else f"not {before}. So {step(before, sign, operand)} = {right}."
+            else:
+                text = f"Wait, is it {total}? {step(before, sign, operand)} = {right}, "
+                text += "yes." if total == right else f"so no, it is {right}."
+            parts.append(text)
+            total = right
+    if checks and rng.random() < redo:
+        parts.append("Wait, let me do it again.")
+        total = start
+        for sign, operand in chain:
+            parts.append(f"{step(total, sign, operand)} = {total + sign * operand}.")
+            total += sign * operand
+    return " ".join(parts) + "\n", boxed(total, denominator)
+
+
+def step(total, sign, operand):
+    return f"{total} {'+' if sign > 0 else '-'} {operand}"
+
+
+def boxed(total, denominator):
+    return f"\\boxed{{{total}}}" if denominator is None else f"\\boxed{{\\frac{{{total}}}{{{denominator}}}}}"
+
+
+def write_completion(rng, problems):
+    """The completion for a prompt with these problems, in the format that the prompt asks for."""
+    sections = []
+    for i, problem in enumerate(problems, start=1):
+        work, box = write_solution(rng, problem)
+        sections.append(f"### Problem {i}\n{work}Answer {i}: {box}")
+    return "\n\n".join(sections)
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokenizer and model files
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}\n"
+)
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
+VOCABULARY = 576
+
+
+def train_tokenizer(rng):
+    """Byte-level BPE on the world's own text. Numbers, words and line breaks are cut apart first,
+    so that a number below 100 is one token and a word is one token, with its space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\n+| ?\d+| ?[^\d\s]+|\s+"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"{space}{number}" for number in range(100) for space in ("", " ")] * 2000
+    for _ in range(4000):
+        problems = [make_problem(rng) for _ in range(rng.choice((1, 2, 4, 8)))]
+        texts += [batch_prompt([p["problem"] for p in problems]), write_completion(rng, problems)]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def write_model_files(tokenizer):
+    """Everything that a Hugging Face directory holds beside the weights."""
+    MODEL.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(MODEL / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|end|>")
+    (MODEL / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_json(MODEL / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>",
+        "model_max_length": 2048, "clean_up_tokenization_spaces": False})
+    write_json(MODEL / "generation_config.json", {"do_sample": True, "temperature": 1.0, "eos_token_id": end})
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY,
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
+        "attention_bias": False, "eos_token_id": end, "pad_token_id": end,
+    }
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# Pretraining
+
+DECAY = 0.5
+NS = {1: 0.4, 2: 0.22, 3: 0.1, 4: 0.14, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.05}  # N of a document: its share
+
+
+def documents(rng, chat, count, heldout):
+    """`count` documents as (prompt ids, completion ids with <|end|>), none with a held-out problem."""
+    prompts, completions = [], []
+    for n in rng.choices(list(NS), NS.values(), k=count):
+        problems = [new_problem(rng, heldout) for _ in range(n)]
+        prompts.append(batch_prompt([p["problem"] for p in problems]))
+        completions.append(write_completion(rng, problems) + "<|end|>")
+    ids = chat.tokenizer.encode_batch(completions, add_special_tokens=False)
+    return [(encode_chat(chat, prompt), c.ids) for prompt, c in zip(prompts, ids)]
+
+
+def batches(rng, chat, tokens_a_batch, heldout):
+    """Endless batches (tokens (B, T), mask (B, T): which tokens to predict), about `tokens_a_batch`
+    tokens each: documents of about the same length side by side, so that little is padding."""
+    while True:
+        pool = sorted(documents(rng, chat, 2048, heldout), key=lambda d: len(d[0]) + len(d[1]))
+        cut, groups = [], []
+        for document in pool:
+            cut.append(document)
+            if len(cut) * (len(document[0]) + len(document[1])) >= tokens_a_batch:
+                groups.append(cut)
+                cut = []
+        rng.shuffle(groups)
+        for group in groups:
+            longest = max(len(p) + len(c) for p, c in group)
+            tokens, mask = torch.zeros(len(group), longest, dtype=torch.long), torch.zeros(len(group), longest)
+            for row, (prompt, completion) in enumerate(group):
+                end = len(prompt) + len(completion)
+                tokens[row, :end] = torch.tensor(prompt + completion)
+                mask[row, len(prompt):end] = 1
+            yield tokens, mask.bool()
+
+
+def pretrain(chat, hf, heldout, seed, tokens_in_all, tokens_a_batch=4096, peak=4e-3):
+    """A model trained on the completions of `tokens_in_all` tokens of documents: AdamW, a short
+    warm-up, and over the last part (DECAY) a learning rate that falls linearly to nothing, so that
+    the facts settle."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model = Transformer(Config.from_hf(hf))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    seen, started, recent = 0, time.time(), 0.0
+    bar = tqdm(total=tokens_in_all, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
+    for count, (tokens, mask) in enumerate(batches(rng, chat, tokens_a_batch, heldout)):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, (count + 1) / 100, max(0, 1 - seen / tokens_in_all) / DECAY)
+        targets = mask[:, 1:]
+        logits = model.head(model.hidden(tokens[:, :-1])[targets])  # (predicted tokens, V)
+        loss = F.cross_entropy(logits, tokens[:, 1:][targets])
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen += tokens.numel()
+        bar.update(tokens.numel())
+        recent = 0.98 * recent + 0.02 * loss.item() if count else loss.item()
+        if count % 100 == 0 and bar.disable:
+            print(f"{seen / 1e6:6.1f}M tokens  loss {recent:.4f}  {seen / (time.time() - started):.0f} tok/s", flush=True)
+        if seen >= tokens_in_all:
+            break
+    bar.close()
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def make(seed, tokens):
+    known = set()
+    for name, count in (("heldout", 2000), ("train", 6000)):
+        problems = make_problems(random.Random(f"{seed} {name}"), count, known, name)
+        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        if name == "heldout":
+            heldout = frozenset(known)
+    hf = write_model_files(train_tokenizer(random.Random(f"{seed} tokenizer")))
+    pretrain(load_chat(MODEL), hf, heldout, seed, tokens).save_pretrained(MODEL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=float, default=22e6, help="tokens of pretraining, prompts included")
+    s = parser.parse_args()
+    make(s.seed, s.tokens)
+
+
+if __name__ == "__main__":
+    main()

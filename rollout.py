@@ -1,0 +1,197 @@
+"""
+Sampling: P prompts in, G completions of each out, as fast as plain PyTorch allows.
+
+Four ideas, in the order in which they appear below. (1) Every random number is fixed before
+sampling starts, by (seed, step, prompt, sample, token) alone, so that what is sampled depends
+neither on the batch size nor on the order of the work. (2) Keys and values live in one cache that
+is allocated once; each row has its own position in it. (3) A prompt is computed once, and its
+cache copied to its G samples. (4) A row that ends leaves the batch at once, and the next prompts
+take the free rows.
+
+Nothing is cut off the distribution (no top-k, no top-p): what is trained on must be what was
+sampled from.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model import UserError
+
+
+@dataclass
+class Rollout:
+    """R = P * G completions in the order (prompt, sample), on the CPU. What lies behind a row's
+    length is padding: mask by `lengths`, never by the token, for EOS may serve as padding too."""
+
+    tokens: torch.Tensor  # (R, longest) int64, as sampled, EOS included
+    logprobs: torch.Tensor  # (R, longest) float32, under the distribution each token was drawn from
+    lengths: torch.Tensor  # (R,) int64
+    truncated: torch.Tensor  # (R,) bool: the budget ended the row, not EOS
+
+
+def uniforms(seed, step, prompt, sample, count):
+    """The `count` numbers in [0, 1) that decide the tokens of one sample, float64 (count,). Philox
+    is a counter-based generator (Salmon et al. 2011): each sample gets a stream of its own, and
+    number t of a stream is the same however many are drawn."""
+    key, counter = np.array([seed, step], np.uint64), np.array([0, 0, prompt, sample], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
+
+
+class Cache:
+    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time,
+    each row at its own position. Attention sees the filled part alone."""
+
+    def __init__(self, config, rows, length, dtype, device):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, R, K, T, D)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def at(self, positions, filled):
+        """Says where the next token of rows 0..n-1 goes. positions: (n,); filled: 1 + the largest."""
+        self.positions = positions
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.mask = (torch.arange(filled, device=positions.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, T)
+        return self
+
+    def update(self, layer, k, v):
+        n, filled = len(self.rows), self.mask.shape[-1]
+        self.k[layer][self.rows, :, self.positions] = k[:, :, 0]  # (n, K, D)
+        self.v[layer][self.rows, :, self.positions] = v[:, :, 0]
+        return self.k[layer, :n, :, :filled], self.v[layer, :n, :, :filled], self.mask
+
+
+class Prefix:
+    """Stands in for a cache while prompts are computed: keeps the keys and values that pass by."""
+
+    def __init__(self):
+        self.k, self.v = [], []  # for each layer: (P, K, T, D)
+
+    def update(self, layer, k, v):
+        self.k.append(k)
+        self.v.append(v)
+        return k, v, None  # no mask: plain causal attention
+
+
+@torch.no_grad()
+def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
+             prompt_keys=None, rows=256, on_finished=lambda count: None):
+    """Samples `samples` completions of each prompt, of at most `budget` tokens each.
+
+    prompts: P lists of token ids. prompt_keys: P integers that stand for the prompts in the random
+    stream (default 0..P-1; a process that has a part of the prompts passes their numbers in the
+    whole). temperature 0 takes the likeliest token, and reports its logprob at temperature 1.
+    rows: how many completions are in the cache at a time. on_finished(count): called as rows end.
+    Returns a Rollout. Raises UserError if a prompt and the budget exceed the model's positions.
+    """
+    device, limit = model.device, model.config.max_position_embeddings
+    longest_prompt = max(len(prompt) for prompt in prompts)
+    if longest_prompt + budget > limit:
+        raise UserError(f"a prompt of {longest_prompt} tokens and a budget of {budget} exceed the "
+                        f"{limit} positions of this model: lower the budget or N")
+    keys = range(len(prompts)) if prompt_keys is None else prompt_keys
+    jobs = deque((p, g) for p in range(len(prompts)) for g in range(samples))
+    rows = min(rows, len(jobs))
+    finished = [None] * len(jobs)  # (tokens, logprobs, truncated) of each job
+
+    # What is known of each row; rows 0..n-1 are at work, the others free.
+    cache = Cache(model.config, rows, longest_prompt + budget, model.dtype, device)
+    noise = torch.zeros(rows, budget, dtype=torch.float64, device=device)
+    tokens = torch.zeros(rows, budget, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(rows, budget, dtype=torch.float32, device=device)
+    last = torch.zeros(rows, dtype=torch.int64, device=device)  # the token to be fed next
+    position = torch.zeros(rows, dtype=torch.int64, device=device)  # where it goes
+    count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
+    job = np.zeros(rows, dtype=np.int64)
+    reach = np.zeros(rows, dtype=np.int64)  # `position` again, on the host: no sync to know its maximum
+    eos = torch.tensor(eos_ids, device=device)
+    prefixes, n = {}, 0
+
+    while n or jobs:
+        # Fill the free rows once a whole group fits (or, if rows are few, once all are free).
+        if jobs and rows - n >= min(samples, rows):
+            taken = [jobs.popleft() for _ in range(min(rows - n, len(jobs)))]
+            if rows - n >= samples:  # whole groups only: the rest of a group waits
+                while jobs and jobs[0][1]:
+                    jobs.appendleft(taken.pop())
+            fresh = sorted({p for p, _ in taken} - prefixes.keys())
+            prefixes |= prefill(model, [prompts[p] for p in fresh], fresh)
+            free = slice(n, n + len(taken))
+            for row, (p, _) in enumerate(taken, start=n):
+                for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
+                    ours[:, row, :, :prompt.shape[2]] = prompt  # (L, K, T, D)
+            noise[free] = torch.from_numpy(np.stack([uniforms(seed, step, keys[p], g, budget) for p, g in taken])).to(device)
+            last[free] = torch.tensor([prompts[p][-1] for p, _ in taken], device=device)
+            job[free] = [p * samples + g for p, g in taken]
+            reach[free] = [len(prompts[p]) - 1 for p, _ in taken]
+            position[free] = torch.from_numpy(reach[free]).to(device)
+            count[free] = 0
+            waiting = {p for p, _ in jobs}
+            prefixes = {p: prefix for p, prefix in prefixes.items() if p in waiting}
+            n += len(taken)
+
+        # One token for every row: inverse-CDF sampling in float64 with the number drawn for it.
+        at = cache.at(position[:n], int(reach[:n].max()) + 1)
+        hidden = model.hidden(last[:n, None], position[:n, None], at)[:, 0]  # (n, C)
+        logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
+        if temperature:
+            cdf = logp.double().exp().cumsum(-1)
+            u = noise[:n].gather(1, count[:n, None]) * cdf[:, -1:]  # the sum is 1 but for rounding
+            token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        tokens[:n].scatter_(1, count[:n, None], token)
+        logprobs[:n].scatter_(1, count[:n, None], logp.gather(1, token))
+        last[:n] = token[:, 0]
+        position[:n] += 1
+        count[:n] += 1
+        reach[:n] += 1
+
+        # Rows that ended leave; rows from the end move into the holes, so that 0..n-1 stay at work.
+        ended = torch.isin(last[:n], eos)
+        done = (ended | (count[:n] == budget)).cpu().numpy()
+        if done.any():
+            for row in done.nonzero()[0]:
+                length = int(count[row])
+                finished[job[row]] = (tokens[row, :length].to("cpu", copy=True),
+                                      logprobs[row, :length].to("cpu", copy=True), not ended[row])
+            kept = n - done.sum()
+            holes = done[:kept].nonzero()[0]
+            movers = kept + (~done[kept:]).nonzero()[0]
+            filled = int(reach[:n].max()) + 1
+            if len(holes):
+                for kv in (cache.k, cache.v):
+                    kv[:, holes, :, :filled] = kv[:, movers, :, :filled]
+                for state in (noise, tokens, logprobs, last, position, count, job, reach):
+                    state[holes] = state[movers]
+            on_finished(int(done.sum()))
+            n = int(kept)
+
+    lengths = torch.tensor([len(row[0]) for row in finished])
+    out = Rollout(torch.zeros(len(finished), int(lengths.max()), dtype=torch.int64),
+                  torch.zeros(len(finished), int(lengths.max())), lengths,
+                  torch.tensor([bool(row[2]) for row in finished]))
+    for i, (ids, logp, _) in enumerate(finished):
+        out.tokens[i, :len(ids)], out.logprobs[i, :len(ids)] = ids, logp
+    return out
+
+
+def prefill(model, prompts, names):
+    """Keys and values of all but the last token of each prompt (the sampler feeds that one), as
+    {name: (k, v)}, each (L, K, T, D). Padding stands on the right, where causal attention does
+    not see it."""
+    longest = max((len(prompt) - 1 for prompt in prompts), default=0)
+    if not longest:
+        empty = torch.zeros(model.config.num_hidden_layers, model.config.num_key_value_heads, 0,
+                            model.config.head_dim, dtype=model.dtype, device=model.device)
+        return {name: (empty, empty) for name in names}
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+    prefix = Prefix()
+    model.hidden(tokens.to(model.device), cache=prefix)
+    k, v = torch.stack(prefix.k), torch.stack(prefix.v)  # (L, P, K, T, D)
+    return {name: (k[:, i, :, :len(prompt) - 1], v[:, i, :, :len(prompt) - 1])
+            for i, (name, prompt) in enumerate(zip(names, prompts))}
