@@ -17,12 +17,12 @@ import zlib
 from fractions import Fraction
 from itertools import accumulate
 
-MAX_LENGTH = 1000    # characters of an answer; a longer one equals only itself
+MAX_LENGTH = 500     # characters of an answer; a longer one equals only itself
 MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
 MAX_TRIES = 8        # boxes of one problem, counted from its last
 MAX_DEPTH = 30       # brackets within brackets
-MAX_COMMANDS = 150   # LaTeX commands of one answer, which may nest without brackets
-MAX_ITEMS = 64       # items of a list that are compared in any order
+MAX_COMMANDS = 100   # LaTeX commands of one answer, which may nest without brackets
+MAX_PARTS = 64       # signs that part an answer into items, cells or sides
 MAX_BITS = 4096      # size of a numerator or a denominator
 MAX_FACTORIAL = 500
 
@@ -139,7 +139,7 @@ RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"\\text ?\{ ?([ei]) ?\}", r"\1"),
     (r"\\text ?\{[\s.,]*\}|\$", ""),
     (r"[\s~]+", " "),
-    (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
+    (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
     (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                         # 4.5*10^33, not 2^12
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
     (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", _mixed),
@@ -154,7 +154,7 @@ def _clean(text):
         text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^{" + power[0].translate(SMALL) + "}", text)
         text = re.sub("[₀-₉]+", lambda index: "_{" + index[0].translate(SMALL) + "}", text)
         text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub(r"√([0-9]+)", r"\\sqrt{\1}", text))  # 1½ is 1 1/2
-        text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)[:2 * MAX_LENGTH]
+        text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)[:MAX_LENGTH]
     for pattern, meaning in RULES:
         text = pattern.sub(meaning, text)
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
@@ -178,7 +178,7 @@ GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?'?(?:\([\w,]{1,9}\))?"
                   r"|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
 WORD = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z']+)*")
-BASE = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
+BASE = re.compile(r"\(?((?=[A-F]*[0-9])[0-9A-F]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
 LITERAL = re.compile(r"[+-]? ?0*([0-9]*)(\.?[0-9]*)")
 # What may follow a number without changing it, and the words that would change it.
 UNIT = re.compile(
@@ -264,15 +264,15 @@ def _relation(parts, text, seed):
     """Return the tree of [left, sign, right, ...]: an equation, an interval, or plain text."""
     signs, sides = parts[1::2], parts[::2]
     named = [bool(NAME.fullmatch(side.replace(" ", ""))) for side in sides]
-    if signs[0] == r"\in":
-        return _parse(" ".join(parts[2:]), seed)
-    if signs[0].endswith("="):
+    if signs == [r"\in"]:
+        return _parse(sides[1], seed)
+    if signs[0].endswith("=") and len(signs) < 4:
         left, right = sides[0], " ".join(parts[2:])
         if named == [False, True]:
             left, right, named = right, left, [True]
         tree, difference = _parse(right, seed), _values(f"({left})-({right})", seed)
         number = tree[0] == "leaf" and tree[2] and tree[2][0] == tree[2][1]
-        droppable = named[0] or difference == [0, 0, 0] or bool(number and WORD.fullmatch(left))
+        droppable = named[0] or difference is not None and not any(difference) or bool(number and WORD.fullmatch(left))
         return "=", left.replace(" ", ""), tree, difference, droppable
     # -2 < x \le 7 and x > 3 are intervals. Turn them so that they rise.
     if signs[0] in (">", r"\ge"):
@@ -315,6 +315,7 @@ SYMBOL = (  # a variable: a letter, or a letter with an accent, and its subscrip
 PLAIN_NAMES = r"(?:sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|pi)(?![A-Za-z])"
 LEXER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|\^ ?\{? ?\\circ ?\}?(?![a-z])|" + PLAIN_NAMES + "|" + SYMBOL
                    + r"|\\[A-Za-z]+|\\.|[^\s]", re.ASCII)
+EXACT = (int, Fraction)
 DIGITS = set("0123456789")
 GROUPS = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 CONSTANTS = {"e": math.e + 0j, "i": 1j, "pi": math.pi + 0j}
@@ -322,21 +323,23 @@ FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()} | {
     "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
 INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
+WHOLE = re.compile(r"floor|ceil")  # their variables are whole numbers
 TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def _values(text, seed):
-    """Return the values of an expression at three points (of a constant thrice the same), or None."""
+    """Return the values of an expression at a few random points (of a constant always the same), or None."""
+    points = 12 if WHOLE.search(seed) else 2
     infinity = INFINITY.fullmatch(text.strip())
     if infinity:
-        return [-math.inf if infinity[1] == "-" else math.inf] * 3
+        return [-math.inf if infinity[1] == "-" else math.inf] * points
     tokens = [re.sub(r"[{}\s]|\\text", "", token) if len(token) > 2 else token for token in LEXER.findall(text)]
     if not tokens or WORD.fullmatch(text) and len(max(tokens, key=len)) == 1:  # a word, not a product of letters
         return None
     values = []
-    for number in "123":
-        point = {"seed": seed + number, "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
+    for number in range(points):
+        point = {"seed": f"{number} {seed}", "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
         rest = [""] + tokens[::-1]
         try:
             values.append(_sum(rest, point))
@@ -345,7 +348,7 @@ def _values(text, seed):
         if rest != [""]:
             return None
         if len(point) == 2:  # no variable was met
-            return values * 3
+            return values * points
     return values
 
 
@@ -382,7 +385,7 @@ def _power(tokens, point):
             value = _factorial(value)
         else:
             value = value * point["degree"]
-    return sign * value
+    return value if sign == 1 else -value
 
 
 def _argument(tokens, point):
@@ -393,7 +396,7 @@ def _argument(tokens, point):
         return -_atom(tokens, point)
     if token[:1] in DIGITS and len(token) > 1:
         tokens[-1] = token[1:]
-        return Fraction(token[0])
+        return int(token[0])
     return _atom(tokens, point)
 
 
@@ -402,25 +405,24 @@ def _atom(tokens, point):
     name = token.lstrip("\\")
     if token[:1] in DIGITS or token[:1] == "." != token:
         mantissa, _, exponent = token.lower().partition("e")
-        return Fraction(mantissa) * _apply("^", Fraction(10), Fraction(exponent or 0))
+        value = Fraction(mantissa) if "." in mantissa else int(mantissa)
+        return value * _apply("^", Fraction(10), int(exponent)) if exponent else value
     if token in GROUPS:
         value = _sum(tokens, point)
         if tokens.pop() != GROUPS[token]:
             raise ValueError("bracket")
         if name in ("lfloor", "lceil"):
-            value = value if isinstance(value, Fraction) else _real(value)
-            return Fraction(math.floor(value + 1e-12) if name == "lfloor" else math.ceil(value - 1e-12))
+            value = value if isinstance(value, EXACT) else _real(value)
+            return math.floor(value + 1e-12) if name == "lfloor" else math.ceil(value - 1e-12)
         return abs(value) if token == "|" else value
     if name == "frac":
         return _apply("/", _argument(tokens, point), _argument(tokens, point))
     if name == "binom":
         above, below = _argument(tokens, point), _argument(tokens, point)
-        return _factorial(above) / (_factorial(below) * _factorial(above - below))
+        return _apply("/", _factorial(above), _factorial(below) * _factorial(above - below))
     if name == "sqrt":
-        degree = Fraction(2)
-        if tokens[-1] == "[":
-            degree = _atom(tokens, point)
-        return _apply("^", _argument(tokens, point), 1 / degree)
+        degree = _atom(tokens, point) if tokens[-1] == "[" else 2
+        return _apply("^", _argument(tokens, point), _apply("/", 1, degree))
     if name in FUNCTIONS:
         return _function(name, tokens, point)
     if name in CONSTANTS:
@@ -429,9 +431,8 @@ def _atom(tokens, point):
         raise ValueError("unknown symbol")
     if token not in point:  # a variable is a random fraction, the same one in both answers
         draw = zlib.crc32((token + point["seed"]).encode(errors="replace"))
-        size = 50 if "floor" in point["seed"] or "ceil" in point["seed"] else 1
         sign = -1 if "|" in point["seed"] and draw & 65536 else 1
-        point[token] = Fraction(sign * size * (500 + draw % 2500), 997)
+        point[token] = sign * (2 + draw % 99 if WHOLE.search(point["seed"]) else Fraction(500 + draw % 2500, 997))
     return point[token]
 
 
@@ -463,21 +464,23 @@ def _function(name, tokens, point):
 def _apply(sign, a, b):
     """Return a sign b, or raise where it would be too large or, other than 0, too small to hold."""
     if sign == "^":
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
+        if isinstance(a, EXACT) and isinstance(b, EXACT):
             if b.denominator == 1:
                 if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
                     raise OverflowError("power")
-                return a ** int(b)
+                return a ** int(b) if b >= 0 else Fraction(1) / a ** int(-b)
             if a < 0 and b.denominator % 2:  # the real root of a negative number
                 return (-1) ** (b.numerator % 2) * _apply("^", -a, b)
         value = complex(a) ** complex(b)
     elif sign in "+-":
         value = a + b if sign == "+" else a - b
         if isinstance(value, complex) and abs(value) < 1e-14 * abs(a):  # what is left of floats that cancel
-            return Fraction(0)
+            return 0
+    elif sign == "*":
+        value = a * b
     else:
-        value = a * b if sign == "*" else a / b
-    if isinstance(value, Fraction):
+        value = Fraction(a, b) if isinstance(a, EXACT) and isinstance(b, EXACT) else a / b
+    if isinstance(value, EXACT):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
             raise OverflowError("digits")
     elif not cmath.isfinite(value) or value == 0 and sign not in "+-" and a != 0 != b:
@@ -486,10 +489,10 @@ def _apply(sign, a, b):
 
 
 def _factorial(value):
-    if isinstance(value, Fraction) and value.denominator == 1 and value >= 0:
+    if isinstance(value, EXACT) and value.denominator == 1 and value >= 0:
         if value > MAX_FACTORIAL:
             raise OverflowError("factorial")
-        return Fraction(math.factorial(int(value)))
+        return math.factorial(int(value))
     return complex(math.gamma(_real(value) + 1))
 
 
@@ -503,6 +506,7 @@ def _real(value):
 # ------------------------------------------------------------------------------------------------------------
 # Compare.
 
+PARTING = re.compile(r"[,;&=<>]|\\\\|\\(?:cup|in|le|ge|ne|pm|mp)|and|or")
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
 
 
@@ -521,14 +525,22 @@ def answers_equal(prediction, gold):
     texts = [_clean(prediction), _clean(gold)]
     if "" in texts or prediction == gold or texts[0] == texts[1]:
         return "" not in texts
-    if any(text.count("\\") > MAX_COMMANDS or max(accumulate((char in "([{") - (char in ")]}") for char in text)) > MAX_DEPTH for text in texts):
+    if not all(map(_within_bounds, texts)):
         return False
     seed = "\n".join(sorted(texts))
     grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
                for text in texts]
-    # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
-    return _equal(*(_parse(text, seed) for text in grouped)) or (
-        grouped != texts and not re.search(r",0\d\d", seed) and _equal(*(_parse(text, seed) for text in texts)))
+    try:
+        # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
+        return _equal(*(_parse(text, seed) for text in grouped)) or (
+            grouped != texts and not re.search(r",0\d\d", seed) and _equal(*(_parse(text, seed) for text in texts)))
+    except FAILURES:  # such as a fraction too large for a float
+        return False
+
+
+def _within_bounds(text):
+    depths = accumulate((char in "([{") - (char in ")]}") for char in text)
+    return text.count("\\") <= MAX_COMMANDS and max(depths) <= MAX_DEPTH and len(PARTING.findall(text)) <= MAX_PARTS
 
 
 def _equal(a, b):
@@ -556,8 +568,8 @@ def _equal(a, b):
 
 def _same_items(a, b):
     """Whether two lists hold the same items in some order, each as often."""
-    if len(a) != len(b) or len(a) > MAX_ITEMS:
-        return a == b
+    if len(a) != len(b):
+        return False
     left = list(b)
     for item in a:
         match = next((index for index, other in enumerate(left) if _equal(item, other)), None)
@@ -591,17 +603,14 @@ def _proportional(a, b):
     """Whether two equations, given by left - right, differ by a constant factor."""
     if not a or not b or a[0] == a[1] or b[0] == b[1]:
         return False
-    return all(_close(a[0] * b[point], b[0] * a[point]) for point in (1, 2))
+    return all(_close(a[0] * other, b[0] * value) for value, other in zip(a, b))
 
 
 def _close(a, b):
     """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
+    if a == b or isinstance(a, EXACT) and isinstance(b, EXACT):
         return a == b
-    try:
-        return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
-    except OverflowError:
-        return False
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
 
 
 def _rounds(literal, decimal, value):
