@@ -1,0 +1,32 @@
+"""What several test files share: the repo on the path, the shipped model, small random models."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from bcr import load_chat  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+
+TINY = REPO / "data" / "tiny"
+
+
+def random_model(kind="qwen3", seed=0, **changes):
+    """A small model with wide random weights, so that its distribution is far from uniform."""
+    torch.manual_seed(seed)
+    sizes = dict(model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
+    model = Transformer(Config.from_hf(sizes | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped model and its tokenizer side."""
+    return Transformer.from_pretrained(TINY / "model"), load_chat(TINY / "model")

@@ -1,0 +1,262 @@
+"""Groups, prompts, rewards, advantages, loss, evaluation: the parts of bcr.py one by one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bcr
+from bcr import (Settings, accumulate_gradient, advantages_of, check, draw_groups, encode_chat, interval95,
+                 load_chat, load_problems, policy_loss, token_logprobs)
+from conftest import TINY, random_model
+from model import UserError
+
+# ----------------------------------------------------------------------------------------------
+# Groups
+
+
+def made_up(count):
+    return [{"problem": str(i), "answer": "1", "difficulty": i % 5} for i in range(count)]
+
+
+def test_an_epoch_uses_each_problem_once():
+    """Problems repeated or left out: the data would not be what was asked for."""
+    groups = draw_groups(made_up(103), 4, seed=0, first=0, count=25)
+    assert len(set(groups.flatten().tolist())) == 100
+    assert set(draw_groups(made_up(103), 1, 0, 0, 103).flatten().tolist()) == set(range(103))
+
+
+def test_groups_are_equally_hard():
+    """Groups of N easy and N hard problems: one budget would suit neither. Each group takes one
+    problem from each fourth of the difficulties."""
+    problems = [{"problem": str(i), "answer": "1", "difficulty": i} for i in range(400)]
+    groups = draw_groups(problems, 4, seed=0, first=0, count=100)
+    assert (np.sort(groups // 100, axis=1) == [0, 1, 2, 3]).all()
+
+
+def test_place_in_the_prompt_says_nothing_about_difficulty():
+    """Easy problems always first: accuracy by position would measure difficulty."""
+    problems = [{"problem": str(i), "answer": "1", "difficulty": i} for i in range(4000)]
+    means = draw_groups(problems, 4, seed=0, first=0, count=1000).mean(axis=0)
+    assert np.abs(means - 2000).max() < 150  # 4 standard errors
+
+
+def test_groups_depend_on_their_number_alone():
+    """A resumed run that repeats or skips groups; epochs and seeds in the same order."""
+    problems = made_up(40)
+    whole = draw_groups(problems, 4, seed=7, first=0, count=30)
+    parts = [draw_groups(problems, 4, seed=7, first=first, count=3) for first in range(0, 30, 3)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert not np.array_equal(whole[:10], whole[10:20])
+    assert not np.array_equal(whole, draw_groups(problems, 4, seed=8, first=0, count=30))
+
+
+# ----------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_prompts_are_rendered_as_transformers_renders_them(shipped):
+    """Another rendering of the chat template, or another tokenisation, than every other engine
+    that serves the model."""
+    transformers = pytest.importorskip("transformers")
+    _, chat = shipped
+    message = bcr.batch_prompt(["What is 1 + 2?", "What is 3/4 - 1/4?"])
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY / "model").apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
+    assert encode_chat(chat, message) == theirs
+
+
+def chat_directory(path, template=None, in_tokenizer_config=None, eos=0, generation_eos=None, eos_token="<|end|>"):
+    """A copy of the shipped tokenizer with other files around it."""
+    (path / "tokenizer.json").write_bytes((TINY / "model" / "tokenizer.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    settings = {"eos_token": eos_token} | ({"chat_template": in_tokenizer_config} if in_tokenizer_config else {})
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template:
+        (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+def test_both_places_of_the_template_and_none(tmp_path):
+    """A template that is not found: the model would be prompted in a form that it does not know."""
+    template = "{% for m in messages %}A {{ m.content }} {{ eos_token }}{% endfor %}"
+    ids = []
+    for name, kwargs in {"file": dict(template=template), "config": dict(in_tokenizer_config=template),
+                         "named": dict(in_tokenizer_config=[{"name": "default", "template": template}]),
+                         "none": {}}.items():
+        (tmp_path / name).mkdir()
+        chat = load_chat(chat_directory(tmp_path / name, **kwargs))
+        ids.append(chat.tokenizer.decode(encode_chat(chat, "17"), skip_special_tokens=False))
+    assert ids == ["A 17 <|end|>"] * 3 + ["17\n\n"]
+
+
+def test_eos_ids_are_the_union_of_three_files(tmp_path):
+    """An id that only one file names: completions would run on past their end."""
+    chat = load_chat(chat_directory(tmp_path, eos=[0, 7], generation_eos=[9, 7], eos_token={"content": "<|user|>"}))
+    assert chat.eos_ids == sorted({0, 7, 9, chat.tokenizer.token_to_id("<|user|>")})
+
+
+@pytest.mark.parametrize("template", ["{{ messages.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no') }}",
+                                      "{{ undefined_function() }}", "{% for m in messages %}"])
+def test_a_bad_template_is_one_sentence(tmp_path, template):
+    """Code in a downloaded template that runs outside the sandbox, or a traceback for its errors."""
+    with pytest.raises(UserError, match="chat template"):
+        encode_chat(load_chat(chat_directory(tmp_path, template=template)), "17")
+
+
+# ----------------------------------------------------------------------------------------------
+# Rewards and advantages
+
+
+def test_a_truncated_completion_keeps_credit_for_what_it_answered():
+    """Truncation that takes all credit, or credit for what was not reached: either falsifies the
+    method. Cut at each character, the reward rises by one answer as each box closes."""
+    text = "### Problem 1\n1 + 2 = 3.\nAnswer 1: \\boxed{3}\n\n### Problem 2\nAnswer 2: \\boxed{\\frac{1}{2}}"
+    golds = ["3", "\\frac{1}{2}"]
+    first, second = text.index("}") + 1, len(text)
+    for cut in range(len(text) + 1):
+        expected = [cut >= first, cut >= second]
+        assert check([text[:cut]], [golds]).tolist() == [expected], text[:cut]
+
+
+def test_advantages_subtract_the_groups_own_mean():
+    """A baseline over the batch, or a division that was not asked for."""
+    rewards = np.array([[0.0, 1.0, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    assert np.allclose(advantages_of(rewards), [[-0.5, 0.5, 0, 0], [0, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]])
+    scaled = advantages_of(rewards, normalize_std=True)
+    assert np.allclose(scaled[[0, 2]].std(axis=1), 1, atol=1e-4) and not scaled[1].any()
+
+
+def test_a_group_of_equal_rewards_is_exactly_zero():
+    """Rounding in the mean of thirds would make such groups train on noise, which --normalize-std
+    would blow up to full size."""
+    assert not advantages_of(np.full((1, 7), 1 / 3 + 0.1)).any()
+    assert not advantages_of(np.full((1, 7), 1 / 3 + 0.1), normalize_std=True).any()
+
+
+# ----------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_the_loss_is_the_clipped_objective():
+    """A wrong sign, a clip on the wrong side, or a mean where the constant belongs. Ratios 2 and
+    0.5, with both signs of the advantage, against values worked out by hand."""
+    old, new = torch.zeros(4), torch.tensor([2.0, 2.0, 0.5, 0.5]).log()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss = policy_loss(new, old, advantages, constant=10, clip_low=0.2, clip_high=0.28)
+    assert loss.item() == pytest.approx(-(1.28 - 2.0 + 0.5 - 0.8) / 10)
+
+
+def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
+    """d loss / d logprob must be -A / constant for every token, whatever the sequence's length: a
+    mean over the sequence would be a length incentive."""
+    logprobs = torch.randn(5, requires_grad=True)
+    advantages = torch.tensor([0.5, 0.5, 0.5, 0.5, -0.25])  # four tokens of one row, one of another
+    policy_loss(logprobs, logprobs.detach(), advantages, 20, 0.2, 0.28).backward()
+    assert torch.allclose(logprobs.grad, -advantages / 20)
+
+
+@pytest.fixture
+def batch():
+    """Five rows for a small model: prompts, completions (EOS is 0), sampler logprobs, advantages."""
+    torch.manual_seed(1)
+    prompts = [torch.randint(2, 64, (length,)).tolist() for length in (3, 9, 5, 1, 7)]
+    completions = [torch.randint(2, 64, (length,)).tolist() + [0] for length in (20, 3, 40, 11, 1)]
+    sampled = [torch.full((len(c),), -2.0) for c in completions]
+    return prompts, completions, sampled, np.array([0.5, -0.25, 0.25, -0.75, 0.25])
+
+
+def gradients(batch, **changes):
+    model = random_model("qwen2", tie_word_embeddings=False)
+    s = Settings(**changes)
+    loss, *_ = accumulate_gradient(model, list(model.parameters()), *batch, constant=1000, s=s)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_nothing_depends_on_the_micro_batch_size(batch, updates):
+    """A micro-batch of its own denominator: results would change with the memory of the machine."""
+    whole_loss, whole = gradients(batch, micro_tokens=10**6, updates=updates)
+    for micro_tokens in (1, 60, 150):
+        loss, parts = gradients(batch, micro_tokens=micro_tokens, updates=updates)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_micro_batches_hold_every_row_once_and_keep_their_size():
+    """Rows lost or trained twice; memory beyond what was asked for."""
+    lengths = np.array([5, 80, 3, 40, 41, 9, 200])
+    parts = list(bcr.micro_batches(lengths, 100))
+    assert sorted(row for part in parts for row in part) == list(range(7))
+    assert all(len(part) * lengths[part].max() <= 100 for part in parts if len(part) > 1)
+
+
+def test_logprobs_are_those_of_the_whole_softmax(batch):
+    """A shift by one, prompt tokens in the loss, a missing temperature, or a chunk's boundary."""
+    prompts, completions, _, _ = batch
+    model = random_model()
+    expected = []
+    for p, c in zip(prompts, completions):
+        logits = model(torch.tensor([p + c]))[0, len(p) - 1 : -1] / 0.8
+        expected.append(torch.log_softmax(logits, -1)[range(len(c)), c])
+    for chunk in (7, 4096):
+        torch.testing.assert_close(token_logprobs(model, prompts, completions, 0.8, chunk), torch.cat(expected),
+                                   atol=1e-5, rtol=1e-5)
+
+
+def test_eos_gets_a_gradient(batch):
+    """EOS masked as padding: the model would never learn to stop. With an advantage on a completion
+    that is EOS alone, the gradient must reach EOS's own row of the head."""
+    model = random_model("llama", tie_word_embeddings=False)
+    accumulate_gradient(model, list(model.parameters()), [[5, 6]], [[0]], [torch.zeros(1)], np.array([1.0]),
+                        constant=1, s=Settings())
+    gradient = model.lm_head.weight.grad.norm(dim=1)
+    assert gradient[0] > 0.1 * gradient.sum()  # pushing EOS up pushes all others down
+
+
+def test_bfloat16_gradients_are_summed_in_float32(batch):
+    """Master weights that do not get the gradient, or get it rounded after each micro-batch."""
+    model = random_model("qwen2", tie_word_embeddings=False).to(torch.bfloat16)
+    master = [p.detach().float().requires_grad_() for p in model.parameters()]
+    accumulate_gradient(model, master, *batch, constant=1000, s=Settings(micro_tokens=60))
+    _, exact = gradients(batch)
+    assert all(p.grad is None for p in model.parameters())
+    for ours, name in zip(master, exact):
+        assert ours.grad.dtype == torch.float32
+        cosine = torch.cosine_similarity(ours.grad.flatten(), exact[name].flatten(), dim=0)
+        assert cosine > 0.98, name
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_intervals_respect_that_problems_share_a_prompt():
+    """Intervals that are too narrow for N > 1, or empty where all answers are right."""
+    rng = np.random.default_rng(0)
+    single = rng.random((400, 1)) < 0.8
+    low, high = interval95(single)
+    assert low < single.mean() < high and 0.06 < high - low < 0.10  # 2 * 1.96 * sqrt(.8 * .2 / 400)
+    low4, high4 = interval95(np.repeat(single[:100], 4, axis=1))  # four equal answers: 100 trials, not 400
+    assert (high4 - low4) > 1.8 * (high - low)
+    low, high = interval95(np.ones((100, 4), bool))
+    assert high == 1 and 0.98 < low < 1
+
+
+def test_accuracy_in_budget_is_what_sampling_with_that_budget_gives(shipped):
+    """The column `in B tokens` is read off longer completions: it must be the accuracy that a run
+    with that budget has, token for token."""
+    model, chat = shipped
+    problems = load_problems(TINY / "heldout.jsonl")[:48]
+    free, _ = bcr.evaluate(model, chat, problems, 4, Settings(budget="150", eval_budget=600), "")
+    cut, _ = bcr.evaluate(model, chat, problems, 4, Settings(budget="150", eval_budget=150), "")
+    assert free["accuracy_in_budget"] == cut["accuracy"] < free["accuracy"]
+    assert free["tokens_per_problem"] > cut["tokens_per_problem"] and cut["truncated"] > 0.5
+
+
+def test_waits_are_counted_as_words():
+    """`waiter` counted, or `Wait,` missed."""
+    assert bcr.wait_loops("Wait, check. wait! The waiter awaits. WAIT") == 3
