@@ -142,7 +142,7 @@ RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
     (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                         # 4.5*10^33, not 2^12
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
-    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", _mixed),
+    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", _mixed),
     (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", _mixed),
     (r"\)(?= ?\d)", ")*"),
 )]
@@ -264,7 +264,7 @@ def _relation(parts, text, seed):
     """Return the tree of [left, sign, right, ...]: an equation, an interval, or plain text."""
     signs, sides = parts[1::2], parts[::2]
     named = [bool(NAME.fullmatch(side.replace(" ", ""))) for side in sides]
-    if signs == [r"\in"]:
+    if signs == [r"\in"] and named[0]:
         return _parse(sides[1], seed)
     if signs[0].endswith("=") and len(signs) < 4:
         left, right = sides[0], " ".join(parts[2:])
@@ -311,7 +311,7 @@ def _leaf(text, seed):
 SYMBOL = (  # a variable: a letter, or a letter with an accent, and its subscript
     r"(?:[A-Za-z]|\\(?:d?dot|hat|bar|vec|tilde|overline|mathcal)(?: ?\{[^{}]*\}| [a-z])|\\(?:var|(?=[A-Z]))?(?i:"
     + "|".join(sorted(GREEK.values(), reverse=True)) + r"|hbar|ell|mho|partial|prime|angle)(?![A-Za-z]))"
-    r"(?: ?_ ?(?:[A-Za-z0-9]|\\[a-z]+|\{(?:[^{}]|\{[^{}]*\})*\}))?'*")
+    r"(?: ?_ ?(?:[A-Za-z0-9]|\\[a-z]+|\{(?:[^{}]|\{[^{}]*\})*\}))?'*(?: ?\( ?0 ?\))?")
 PLAIN_NAMES = r"(?:sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|pi)(?![A-Za-z])"
 LEXER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|\^ ?\{? ?\\circ ?\}?(?![a-z])|" + PLAIN_NAMES + "|" + SYMBOL
                    + r"|\\[A-Za-z]+|\\.|[^\s]", re.ASCII)
@@ -323,6 +323,7 @@ FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()} | {
     "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
 INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
+KNOWN = {*FUNCTIONS, *CONSTANTS, "sqrt"}
 WHOLE = re.compile(r"floor|ceil")  # their variables are whole numbers
 TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
@@ -330,13 +331,13 @@ FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 def _values(text, seed):
     """Return the values of an expression at a few random points (of a constant always the same), or None."""
-    points = 12 if WHOLE.search(seed) else 2
+    points = 20 if WHOLE.search(seed) else 2
     infinity = INFINITY.fullmatch(text.strip())
     if infinity:
         return [-math.inf if infinity[1] == "-" else math.inf] * points
     tokens = [re.sub(r"[{}\s]|\\text", "", token) if len(token) > 2 else token for token in LEXER.findall(text)]
-    if not tokens or WORD.fullmatch(text) and len(max(tokens, key=len)) == 1:  # a word, not a product of letters
-        return None
+    if not tokens or any(len(word) > 1 and word.isalpha() and word.lower() not in KNOWN for word in text.split()):
+        return None  # a word, not a product of letters
     values = []
     for number in range(points):
         point = {"seed": f"{number} {seed}", "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
@@ -432,7 +433,7 @@ def _atom(tokens, point):
     if token not in point:  # a variable is a random fraction, the same one in both answers
         draw = zlib.crc32((token + point["seed"]).encode(errors="replace"))
         sign = -1 if "|" in point["seed"] and draw & 65536 else 1
-        point[token] = sign * (2 + draw % 99 if WHOLE.search(point["seed"]) else Fraction(500 + draw % 2500, 997))
+        point[token] = sign * (2 + draw % 20 if WHOLE.search(point["seed"]) else Fraction(500 + draw % 2500, 997))
     return point[token]
 
 
