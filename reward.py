@@ -127,6 +127,8 @@ COMMANDS = {"\\" + command: meaning for commands, meaning in {
     "vert lvert rvert": "|", "varnothing": r"\emptyset", "%": "%", "degree": r"^\circ", "lg": r"\log_{10}",
     "textbf textit textrm textsf textnormal mathrm mathbf mathit mathsf mbox": r"\text",
 }.items() for command in commands.split()} | {"\\ ": " "}
+
+
 def _mixed(match):
     r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
     whole, top, bottom = match[1], match[2] or match[3], match[4] or match[5]
@@ -272,11 +274,13 @@ def _relation(parts, text, seed):
             left, right, named = right, left, [True]
         tree, difference = _parse(right, seed), _values(f"({left})-({right})", seed)
         number = tree[0] == "leaf" and tree[2] and tree[2][0] == tree[2][1]
-        droppable = named[0] or difference is not None and not any(difference) or bool(number and WORD.fullmatch(left))
+        # Dropped may be a name in front of anything, a word in front of a number, and what is equal: 2+3 = 5.
+        droppable = named[0] or bool(number and WORD.fullmatch(left)) or difference is not None and not any(difference)
         return "=", left.replace(" ", ""), tree, difference, droppable
     # -2 < x \le 7 and x > 3 are intervals. Turn them so that they rise.
     if signs[0] in (">", r"\ge"):
-        signs, sides, named = [{">": "<", r"\ge": r"\le"}.get(sign) for sign in signs[::-1]], sides[::-1], named[::-1]
+        signs = [{">": "<", r"\ge": r"\le"}.get(sign) for sign in signs[::-1]]
+        sides, named = sides[::-1], named[::-1]
     if not {"<", r"\le"}.issuperset(signs) or named not in ([True, False], [False, True], [False, True, False]):
         return "leaf", text.replace(" ", ""), None, False, None, None
     low, high = (r"-\infty" if named[0] else sides[0]), (r"\infty" if named[-1] else sides[-1])
@@ -321,7 +325,8 @@ GROUPS = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lce
 CONSTANTS = {"e": math.e + 0j, "i": 1j, "pi": math.pi + 0j}
 FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()} | {
-    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
+    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z),
+    "csc": lambda z: 1 / cmath.sin(z)}
 INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
 KNOWN = {*FUNCTIONS, *CONSTANTS, "sqrt"}
 WHOLE = re.compile(r"floor|ceil")  # their variables are whole numbers
@@ -524,8 +529,10 @@ def answers_equal(prediction, gold):
     if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(gold):
         return Fraction(prediction) == Fraction(gold)
     texts = [_clean(prediction), _clean(gold)]
-    if "" in texts or prediction == gold or texts[0] == texts[1]:
-        return "" not in texts
+    if not all(text.strip("{} ") for text in texts):
+        return False
+    if prediction == gold or texts[0] == texts[1]:
+        return True
     if not all(map(_within_bounds, texts)):
         return False
     seed = "\n".join(sorted(texts))
@@ -573,10 +580,10 @@ def _same_items(a, b):
         return False
     left = list(b)
     for item in a:
-        match = next((index for index, other in enumerate(left) if _equal(item, other)), None)
-        if match is None:
+        index = next((index for index, other in enumerate(left) if _equal(item, other)), None)
+        if index is None:
             return False
-        del left[match]
+        del left[index]
     return True
 
 
@@ -617,7 +624,7 @@ def _close(a, b):
 def _rounds(literal, decimal, value):
     """Whether a decimal of 8 significant digits or more is value, rounded or cut off."""
     digits, _, places = literal.partition(".")
-    if len((digits + places).lstrip("0")) < 8 or isinstance(value, complex) and value.imag:
+    if not places or len((digits + places).lstrip("0")) < 8 or isinstance(value, complex) and value.imag:
         return False
     step, value = 10.0 ** -len(places), value.real
     return abs(value - decimal) <= step / 2 or abs(decimal) < abs(value) and abs(value - decimal) < step

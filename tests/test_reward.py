@@ -143,6 +143,7 @@ TABLE = r"""
 = 2/3 ;; 0.66666667 ;; eight digits, rounded
 ! 2/3 ;; 0.6666667 ;; seven digits are too few
 ! 5/4 ;; 1.2500000001 ;; many digits, but not its own
+! \frac{24691357}{2} ;; 12345678 ;; an integer is no rounded decimal
 
 # scientific notation
 = 4.5e33 ;; 4.5E33 ;; capital
@@ -757,7 +758,7 @@ def test_other_types_are_wrong_not_fatal(value):
 
 def test_empty_gold_is_never_rewarded():
     """An empty gold comes from a broken data set: it must pay nobody, least of all an empty answer."""
-    for gold in ("", " ", "$$", "\\text{}", "...", "\\,", "\u200b"):
+    for gold in ("", " ", "{}", "{ }", "$$", "\\text{}", "...", "\\,", "\u200b"):
         for prediction in ("", " ", gold, "5", "...", "$", "\\boxed{}"):
             assert not answers_equal(prediction, gold)
 
