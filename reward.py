@@ -114,7 +114,8 @@ def _box(text, start):
 SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda")
          for code in range(ord("α"), ord("ω") + 1)}
-SYMBOLS = {ord(letter): f"\\{name} " for letter, name in GREEK.items()} | {ord(char): meaning for chars, meaning in {
+SYMBOLS = {ord(letter): f"\\{name} " for letter, name in GREEK.items()}
+SYMBOLS |= {ord(char): meaning for chars, meaning in {
     "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ", "≥⩾": r"\ge ",
     "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ",
     "∓": r"\mp ", "′’": "'", "€£¥": "", "\u200b\u200c\u200d\u2060\ufeff": "",
@@ -135,30 +136,35 @@ def _mixed(match):
     return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
 
 
-RULES = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
-    (r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),                     # 1{,}234  10,\!080  1\,234
-    (r"\\(?:[A-Za-z]+|.)", lambda match: COMMANDS.get(match[0], match[0])),
-    (r"\\text ?\{ ?([ei]) ?\}", r"\1"),
-    (r"\\text ?\{[\s.,]*\}|\$", ""),
-    (r"[\s~]+", " "),
-    (r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)", lambda match: match[0].replace(" ", "")),  # 1 234
-    (r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                         # 4.5*10^33, not 2^12
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
-    (r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", _mixed),
-    (r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", _mixed),
-    (r"\)(?= ?\d)", ")*"),
+PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
+RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
+    ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),                 # 1{,}234  10,\!080  1\,234
+    ("\\", r"\\(?:[A-Za-z]+|.)", lambda match: COMMANDS.get(match[0], match[0])),
+    ("\\text", r"\\text ?\{ ?([ei]) ?\}", r"\1"),
+    ("\\text", r"\\text ?\{[\s.,]*\}", ""),
+    ("$", r"\$", ""),
+    ("", r"[\s~]+", " "),
+    (" ", r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)",               # 1 234
+     lambda match: match[0].replace(" ", "")),
+    ("^", r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                    # 4.5*10^33, not 2^12
+    ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("percent", r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
+    ("\\frac", r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", _mixed),
+    ("/", r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", _mixed),
+    (")", r"\)(?= ?\d)", ")*"),
 )]
 
 
 def _clean(text):
     """Return text in one spelling of each sign, command, space, grouped number and mixed number."""
+    if PLAIN.fullmatch(text):  # most golds are
+        return text
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^{" + power[0].translate(SMALL) + "}", text)
         text = re.sub("[₀-₉]+", lambda index: "_{" + index[0].translate(SMALL) + "}", text)
         text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub(r"√([0-9]+)", r"\\sqrt{\1}", text))  # 1½ is 1 1/2
         text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)[:MAX_LENGTH]
-    for pattern, meaning in RULES:
-        text = pattern.sub(meaning, text)
+    for needs, pattern, meaning in RULES:
+        text = pattern.sub(meaning, text) if needs in text else text
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
@@ -175,6 +181,7 @@ BRACKET, COMMA, UNION, RELATION, ROW, CELL = (re.compile(f"({separator})|{NEST}"
     r"\\(?:in|le|ge|ne)(?![a-z])|:?=|<|>", r"\\\\", "&"))
 OPENING, CLOSING = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
 MATRIX = re.compile(r"\\begin ?\{([A-Za-z]*)\}(?:\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
+WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-z])")
 GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?'?(?:\([\w,]{1,9}\))?"
@@ -220,9 +227,12 @@ def _brackets(text):
 
 
 def _parse(text, seed):
-    """Return the tree of a cleaned text. The seed draws the values of variables."""
+    """Return the tree of a cleaned text. The seed (a number; whether variables are whole, whether they may be
+    negative) draws the values of variables, the same ones for both answers."""
     text = text.strip().rstrip(" .")
-    wrapped = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
+    if PLAIN.fullmatch(text):
+        return _leaf(text, seed)
+    wrapped = WRAPPED.fullmatch(text)
     text = wrapped[1].strip().rstrip(" .") if wrapped else text
     brackets = _brackets(text)
     opening, inside, closing = brackets or ("", "", "")
@@ -232,7 +242,7 @@ def _parse(text, seed):
     if len(pieces) > 1 or PLUS_MINUS.search(text) and opening != r"\{":
         return "list", _items(pieces, seed)
     text = pieces[0] if pieces else ""
-    parts = _split(text, UNION)[::2]
+    parts = _split(text, UNION)[::2] if r"\cup" in text else []
     if len(parts) > 1:
         return "union", [_parse(part, seed) for part in parts]
     parts = _split(text, RELATION)
@@ -291,8 +301,8 @@ def _relation(parts, text, seed):
 
 def _leaf(text, seed):
     """Return the tree of a text without structure, with its values where it has any."""
-    key = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
-    key = re.sub(r"(?<!\d) | (?!\d)", "", key)
+    key = WRAPPED.sub(r"\1", text)
+    key = re.sub(r"(?<!\d) | (?!\d)", "", key) if " " in key else key
     key = key.rstrip(")").casefold() if re.fullmatch(r"[^\W\d_]+\)?", key) else key
     base = BASE.fullmatch(text.replace(" ", ""))
     if base:
@@ -329,14 +339,16 @@ FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
     "csc": lambda z: 1 / cmath.sin(z)}
 INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
 KNOWN = {*FUNCTIONS, *CONSTANTS, "sqrt"}
-WHOLE = re.compile(r"floor|ceil")  # their variables are whole numbers
 TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def _values(text, seed):
     """Return the values of an expression at a few random points (of a constant always the same), or None."""
-    points = 20 if WHOLE.search(seed) else 2
+    draw, whole, signed = seed
+    points = 20 if whole else 2
+    if PLAIN.fullmatch(text):
+        return [_exact(text)] * points
     infinity = INFINITY.fullmatch(text.strip())
     if infinity:
         return [-math.inf if infinity[1] == "-" else math.inf] * points
@@ -345,7 +357,7 @@ def _values(text, seed):
         return None  # a word, not a product of letters
     values = []
     for number in range(points):
-        point = {"seed": f"{number} {seed}", "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
+        point = {"seed": (draw + number, whole, signed), "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
         rest = [""] + tokens[::-1]
         try:
             values.append(_sum(rest, point))
@@ -356,6 +368,10 @@ def _values(text, seed):
         if len(point) == 2:  # no variable was met
             return values * points
     return values
+
+
+def _exact(digits):
+    return Fraction(digits) if "." in digits else int(digits)
 
 
 def _sum(tokens, point):
@@ -411,7 +427,7 @@ def _atom(tokens, point):
     name = token.lstrip("\\")
     if token[:1] in DIGITS or token[:1] == "." != token:
         mantissa, _, exponent = token.lower().partition("e")
-        value = Fraction(mantissa) if "." in mantissa else int(mantissa)
+        value = _exact(mantissa)
         return value * _apply("^", Fraction(10), int(exponent)) if exponent else value
     if token in GROUPS:
         value = _sum(tokens, point)
@@ -435,10 +451,11 @@ def _atom(tokens, point):
         return CONSTANTS[name]
     if not re.match(SYMBOL, token):
         raise ValueError("unknown symbol")
-    if token not in point:  # a variable is a random fraction, the same one in both answers
-        draw = zlib.crc32((token + point["seed"]).encode(errors="replace"))
-        sign = -1 if "|" in point["seed"] and draw & 65536 else 1
-        point[token] = sign * (2 + draw % 20 if WHOLE.search(point["seed"]) else Fraction(500 + draw % 2500, 997))
+    if token not in point:  # a variable is a random fraction
+        seed, whole, signed = point["seed"]
+        draw = zlib.crc32(token.encode(), seed)
+        size = 2 + draw % 20 if whole else Fraction(500 + draw % 2500, 997)
+        point[token] = -size if signed and draw & 65536 else size
     return point[token]
 
 
@@ -513,7 +530,6 @@ def _real(value):
 # Compare.
 
 PARTING = re.compile(r"[,;&=<>]|\\\\|\\(?:cup|in|le|ge|ne|pm|mp)|and|or")
-PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
 
 
 def answers_equal(prediction, gold):
@@ -526,22 +542,23 @@ def answers_equal(prediction, gold):
     prediction, gold = prediction.strip(), gold.strip()
     if max(len(prediction), len(gold)) > MAX_LENGTH:
         return prediction == gold
-    if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(gold):
-        return Fraction(prediction) == Fraction(gold)
     texts = [_clean(prediction), _clean(gold)]
+    if PLAIN.fullmatch(texts[0]) and PLAIN.fullmatch(texts[1]):
+        return _exact(texts[0]) == _exact(texts[1])
     if not all(text.strip("{} ") for text in texts):
         return False
     if prediction == gold or texts[0] == texts[1]:
         return True
     if not all(map(_within_bounds, texts)):
         return False
-    seed = "\n".join(sorted(texts))
+    both = "\n".join(sorted(texts))
+    seed = zlib.crc32(both.encode(errors="replace")), "floor" in both or "ceil" in both, "|" in both
     grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
                for text in texts]
     try:
         # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
         return _equal(*(_parse(text, seed) for text in grouped)) or (
-            grouped != texts and not re.search(r",0\d\d", seed) and _equal(*(_parse(text, seed) for text in texts)))
+            grouped != texts and not re.search(r",0\d\d", both) and _equal(*(_parse(text, seed) for text in texts)))
     except FAILURES:  # such as a fraction too large for a float
         return False
 

@@ -1,4 +1,5 @@
-"""The checker: no false reward, no missed answer, no exception, no delay.
+"""The checker: no false reward, no missed answer, no exception, no delay (in processor time, which a busy machine
+does not stretch).
 
 The table below has one case a line: `=` (equal) or `!` (not), gold ;; prediction ;; why. It is ordered by rule.
 `python tests/test_reward.py --fuzz 1000000` runs the fuzz at full size and prints what it found.
@@ -649,12 +650,12 @@ def test_shared_examples():
     wrong = []
     for line in EXAMPLES.read_text().splitlines():
         case = json.loads(line)
-        start = time.perf_counter()
+        start = time.process_time()
         if case["kind"] == "compare":
             result = answers_equal(case["pred"], case["gold"])
         else:
             result = score(case["pred"], case["gold"])
-        assert time.perf_counter() - start < case.get("max_ms", 1000) / 1000
+        assert time.process_time() - start < case.get("max_ms", 1000) / 1000
         if result != case["expected"]:
             wrong.append((case["gold"], case["pred"]))
     assert wrong == [("100,200", "100200")]
@@ -741,11 +742,11 @@ def test_everything_equals_itself(text):
 @given(st.one_of(soup, st.text()), st.one_of(soup, st.text()))
 def test_no_exception_and_no_delay(completion, gold):
     """A failure here stops a training run for everybody."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert answers_equal(completion, gold) in (True, False)
     assert score(f"### Problem 1\nAnswer 1: \\boxed{{{completion}}}", [gold, gold]) in ([True, False], [False, False])
     assert len(extract_answers(completion, 4)) == 4
-    assert time.perf_counter() - start < 0.5  # milliseconds, and room for a busy machine
+    assert time.process_time() - start < 0.25
 
 
 @pytest.mark.parametrize("value", [None, 5, 5.0, True, b"5", ["5"], {"5": 5}, object()])
@@ -779,9 +780,9 @@ HOSTILE = [
 def test_hostile_answers_take_milliseconds(text):
     """One answer that hangs stops the whole run; recursion and giant numbers are the ways to get there."""
     for gold in ("5", text[::-1], "x+" + text):
-        start = time.perf_counter()
+        start = time.process_time()
         answers_equal(text, gold)
-        assert time.perf_counter() - start < 0.25  # measured: below 0.01 s; the rest is for a busy machine
+        assert time.process_time() - start < 0.1  # measured: about 0.01 s
 
 
 FLOODS = ["\\boxed{", "\\boxed{}", "\\boxed{5}", "\\boxed", "{", "}", "\\", "### Problem 1\n", "### ", "# Problem1\n", "#", "*",
@@ -794,9 +795,9 @@ def test_extraction_is_linear(flood):
     """A completion of 400,000 characters, whatever it repeats, is read in milliseconds."""
     text = (flood * (400_000 // len(flood)))[:399_000]
     for completion in (text, text + "\nAnswer 1: \\boxed{5}", "Answer 1: \\boxed{" + text):
-        start = time.perf_counter()
+        start = time.process_time()
         extract_answers(completion, 8)
-        assert time.perf_counter() - start < 0.25  # measured: below 0.02 s
+        assert time.process_time() - start < 0.1  # measured: below 0.01 s
 
 
 # Fuzz ------------------------------------------------------------------------------------------------------
@@ -824,21 +825,21 @@ def mutated(rng, bases):
 
 
 def fuzz(count, seed=0):
-    """Return (number of calls that raised, seconds of the slowest call, its completion and golds)."""
+    """Return (number of calls that raised, processor seconds of the slowest call, its completion and golds)."""
     rng = random.Random(seed)
     bases = [line.split(" ;; ")[column][2 * (1 - column):] for line in TABLE.splitlines() if " ;; " in line for column in (0, 1)]
     bases += sorted(set(golds())) if BENCHMARKS.exists() else []
     raised, slowest = 0, (0, "", [])
     for _ in range(count):
         completion, pair = mutated(rng, bases), [rng.choice(bases), rng.choice(bases)]
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             verdict = score(completion, pair)
             assert len(verdict) == 2 and set(verdict) <= {True, False}
         except Exception as error:
             raised += 1
             print(repr(error), repr(completion), pair)
-        slowest = max(slowest, (time.perf_counter() - start, completion, pair))
+        slowest = max(slowest, (time.process_time() - start, completion, pair))
     return raised, *slowest
 
 
@@ -846,12 +847,13 @@ def test_fuzz():
     """Nothing a model can write may raise or hang. (The same at full size: --fuzz 1000000.)"""
     raised, seconds, completion, pair = fuzz(5000)
     assert raised == 0
-    assert seconds < 0.5, (completion, pair)
+    assert seconds < 0.1, (completion, pair)
 
 
 if __name__ == "__main__":
     count = int(sys.argv[sys.argv.index("--fuzz") + 1]) if "--fuzz" in sys.argv else 1000
-    start = time.perf_counter()
+    start = time.process_time()
     raised, seconds, completion, pair = fuzz(count)
-    print(f"{count} completions in {time.perf_counter() - start:.0f} s: {raised} exceptions, slowest call {seconds * 1000:.1f} ms")
+    print(f"{count} completions in {time.process_time() - start:.0f} s of processor time")
+    print(f"{raised} exceptions, slowest call {seconds * 1000:.1f} ms")
     print("slowest:", repr(completion), pair)
