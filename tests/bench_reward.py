@@ -3,8 +3,8 @@
     pip install math-verify && python tests/bench_reward.py [--pairs 4000]
 
 Both judge the same pairs (gold, answer), block by block in turn, and are timed in processor time, so that a busy
-machine slows both alike. What is right is known from how a pair was made: a rewrite that keeps the value, or one that changes it; and the shared
-examples, which were judged by people. Every disagreement of the two is printed with the verdict on who is right.
+machine slows both alike. What is right is known from how a pair was made: a rewrite that keeps the value, or one
+that changes it; and the shared examples say it of themselves. Every disagreement is printed with who is right.
 """
 
 import argparse

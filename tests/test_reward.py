@@ -782,7 +782,7 @@ def test_hostile_answers_take_milliseconds(text):
     for gold in ("5", text[::-1], "x+" + text):
         start = time.process_time()
         answers_equal(text, gold)
-        assert time.process_time() - start < 0.1  # measured: about 0.01 s
+        assert time.process_time() - start < 0.25  # measured: about 0.01 s
 
 
 FLOODS = ["\\boxed{", "\\boxed{}", "\\boxed{5}", "\\boxed", "{", "}", "\\", "### Problem 1\n", "### ", "# Problem1\n", "#", "*",
@@ -797,7 +797,7 @@ def test_extraction_is_linear(flood):
     for completion in (text, text + "\nAnswer 1: \\boxed{5}", "Answer 1: \\boxed{" + text):
         start = time.process_time()
         extract_answers(completion, 8)
-        assert time.process_time() - start < 0.1  # measured: below 0.01 s
+        assert time.process_time() - start < 0.25  # measured: below 0.01 s
 
 
 # Fuzz ------------------------------------------------------------------------------------------------------
@@ -847,7 +847,7 @@ def test_fuzz():
     """Nothing a model can write may raise or hang. (The same at full size: --fuzz 1000000.)"""
     raised, seconds, completion, pair = fuzz(5000)
     assert raised == 0
-    assert seconds < 0.1, (completion, pair)
+    assert seconds < 0.25, (completion, pair)
 
 
 if __name__ == "__main__":
