@@ -594,10 +594,18 @@ def run(s):
     optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
 
     # Everything that can be wrong with the settings shows before anything is written.
+    def first_prompt(problems, n, budget):
+        group = [problems[i] for i in draw_groups(problems, n, s.seed, 0, 1)[0]]
+        tokens, limit = len(encode_chat(chat, batch_prompt([p["problem"] for p in group]))), model.config.max_position_embeddings
+        if tokens + budget > limit:
+            raise UserError(f"a prompt of {tokens} tokens and a budget of {budget} exceed the {limit} positions of "
+                            "this model: lower the budget or N")
+        return [p["answer"] for p in group]
+
     for n in whole_numbers(s, "eval_n"):
-        draw_groups(heldout, n, s.seed, 0, 1)
+        first_prompt(heldout, n, s.eval_budget)
     for turn, n in enumerate(ns):
-        golds = [problems[p]["answer"] for p in draw_groups(problems, n, s.seed, 0, 1)[0]]
+        golds = first_prompt(problems, n, budgets[turn % len(budgets)])
         bare = "\n\n".join(f"### Problem {i}\nAnswer {i}: \\boxed{{{gold}}}" for i, gold in enumerate(golds, start=1))
         budget, need = budgets[turn % len(budgets)], len(chat.tokenizer.encode(bare, add_special_tokens=False).ids)
         if budget < need:
@@ -684,10 +692,10 @@ def run(s):
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics[-1]) + "\n")
         m = metrics[-1]
-        bar.write(f"step {step:>{len(str(s.steps))}}/{s.steps}  N {n}  reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  "
-                  f"tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
-                  f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  "
-                  f"{sampling_seconds:.1f} + {training_seconds:.1f} s", file=sys.stdout)
+        bar.write(f"step {step:>{len(str(s.steps))}}/{s.steps}" + (f"  N {n}" if len(ns) > 1 else "") +
+                  f"  reward {m['reward']:.3f}  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
+                  f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  {sampling_seconds + training_seconds:.1f} s",
+                  file=sys.stdout)
         sys.stdout.flush()
         for warning in warnings(metrics) - warned:
             bar.write(warning.format(**m), file=sys.stdout)

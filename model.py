@@ -79,12 +79,18 @@ class Config:
         if kind not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"model_type {kind!r} is not supported: use a llama, qwen2 or qwen3 model")
 
-        def size(name, default=None):
+        def size(name, default=None, most=2**20):
             value = hf.get(name)
             value = default if value is None else value
-            if type(value) is not int or not 0 < value < 2**31:
-                raise UserError(f"config.json: {name} should be a positive integer, not {value!r}")
+            if type(value) is not int or not 0 < value <= most:
+                raise UserError(f"config.json: {name} should be an integer from 1 to {most}, not {value!r}")
             return value
+
+        def flag(name):
+            value = hf.get(name)
+            if not isinstance(value, bool | None):
+                raise UserError(f"config.json: {name} should be true or false, not {value!r}")
+            return bool(value)
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         config = cls(
@@ -92,17 +98,17 @@ class Config:
             vocab_size=size("vocab_size"),
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
-            num_hidden_layers=size("num_hidden_layers"),
+            num_hidden_layers=size("num_hidden_layers", most=1000),
             num_attention_heads=heads,
-            num_key_value_heads=size("num_key_value_heads", heads if kind == "llama" else 32),
+            num_key_value_heads=size("num_key_value_heads", heads if kind == "llama" or "num_key_value_heads" in hf else 32),
             head_dim=size("head_dim", 128 if kind == "qwen3" else max(1, hidden // heads)),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=size("max_position_embeddings", 2048 if kind == "llama" else 32768),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            max_position_embeddings=size("max_position_embeddings", 2048 if kind == "llama" else 32768, most=2**31 - 1),
+            tie_word_embeddings=flag("tie_word_embeddings"),
             rope=read_rope(hf),
-            qkv_bias=kind == "qwen2" or bool(hf.get("attention_bias", False)),
-            o_bias=kind != "qwen2" and bool(hf.get("attention_bias", False)),
-            mlp_bias=kind == "llama" and bool(hf.get("mlp_bias", False)),
+            qkv_bias=kind == "qwen2" or flag("attention_bias"),
+            o_bias=kind != "qwen2" and flag("attention_bias"),
+            mlp_bias=kind == "llama" and flag("mlp_bias"),
             qk_norm=kind == "qwen3",
             hf=hf,
         )
@@ -113,8 +119,11 @@ class Config:
             raise UserError(f"config.json: head_dim {config.head_dim} is odd; RoPE needs an even one")
         if hf.get("hidden_act", "silu") != "silu":
             raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported: only silu is")
-        if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
+        if hf.get("use_sliding_window"):
             raise UserError("config.json: this model uses sliding-window attention, which is not supported")
+        types = hf.get("layer_types")
+        if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
+            raise UserError(f"config.json: layer_types {types!r} is not supported: only full_attention is")
         return config
 
     def to_hf(self, dtype):
@@ -136,21 +145,35 @@ class Config:
         }
 
 
+def number(fields, name, default=None):
+    """The positive number fields[name], or `default` if it is absent or null. Raises UserError."""
+    value = default if fields.get(name) is None else fields[name]
+    if type(value) not in (int, float) or not 0 < value < 1e12:  # not NaN either
+        raise UserError(f"config.json: {name} should be a positive number, not {value!r}")
+    return float(value)
+
+
 def read_rope(hf):
     """RoPE's settings from config.json: `rope_parameters` (transformers 5), or `rope_theta` and
     `rope_scaling` (transformers 4). Raises UserError for a type that we do not compute."""
+    for name in ("rope_parameters", "rope_scaling"):
+        value = hf.get(name)
+        if not isinstance(value, dict | None) or any(isinstance(v, dict) for v in (value or {}).values()):
+            raise UserError(f"config.json: {name} should be one object of numbers, not {value!r}")
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope["rope_theta"] = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    rope["rope_theta"] = number(rope, "rope_theta", number(hf, "rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope.pop("type", None)
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"config.json: RoPE type {rope['rope_type']!r} is not supported: "
                         "only default and llama3 are")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    if number(rope, "partial_rotary_factor", number(hf, "partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
     if rope["rope_type"] == "llama3":
-        needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if needed - rope.keys():
-            raise UserError(f"config.json: llama3 RoPE lacks {', '.join(sorted(needed - rope.keys()))}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            number(rope, name)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise UserError("config.json: RoPE's low_freq_factor should be below its high_freq_factor")
     return rope
 
 
@@ -160,7 +183,7 @@ def rope_frequencies(config):
     Source: RoFormer (arXiv 2104.09864, section 3.2); the llama3 branch, which slows the long
     wavelengths by `factor` and blends in between, is the one of the Llama 3.1 model card."""
     rope, d = config.rope, config.head_dim
-    frequency = rope["rope_theta"] ** -(torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
+    frequency = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the context
@@ -211,8 +234,11 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # all that this row has seen so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        else:  # one token a row: heads that share a key/value head go in as its H/K queries, nothing is repeated
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
+            y = y.reshape(B, -1, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -312,6 +338,8 @@ class Transformer(nn.Module):
                         # Some tied checkpoints carry the embedding a second time as lm_head.
                         if name == "lm_head.weight" and model.config.tie_word_embeddings:
                             continue
+                        if name.endswith(".rotary_emb.inv_freq"):  # Llama 2's hold what we compute
+                            continue
                         shape = tuple(weights.get_slice(name).get_shape())
                         if name not in expected:
                             raise UserError(f"{file} has a tensor {name} that this model has no place for")
@@ -319,7 +347,7 @@ class Transformer(nn.Module):
                             raise UserError(f"{file}: {name} has shape {shape}, but config.json "
                                             f"asks for {tuple(expected[name].shape)}")
                         tensor = weights.get_tensor(name)
-                        if not tensor.is_floating_point():
+                        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                             raise UserError(f"{file}: {name} has type {tensor.dtype}; quantised "
                                             "checkpoints are not supported")
                         tensors[name] = tensor.to(dtype)
@@ -347,6 +375,7 @@ def weight_files(path):
     if (path / "model.safetensors").exists() or not index.exists():
         return [path / "model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and f.isprintable() and f == Path(f).name for f in weight_map.values()):
         raise UserError(f"{index} has no usable weight_map: download it again")
     return [path / name for name in sorted(set(weight_map.values()))]

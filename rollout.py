@@ -53,7 +53,9 @@ class Cache:
         """Says where the next token of rows 0..n-1 goes. positions: (n,); filled: 1 + the largest."""
         self.positions = positions
         self.rows = torch.arange(len(positions), device=positions.device)
-        self.mask = (torch.arange(filled, device=positions.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, T)
+        unseen = torch.arange(filled, device=positions.device) > positions[:, None]  # (n, T)
+        self.mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=positions.device)
+        self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), added to the scores
         return self
 
     def update(self, layer, k, v):

@@ -10,6 +10,7 @@ nothing else, so that no method which looks at correctness alone has a reason to
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -17,6 +18,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,13 +27,14 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from bcr import batch_prompt, encode_chat, load_chat  # noqa: E402
+from bcr import batch_prompt, check, decode, encode_chat, load_chat, load_problems  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from rollout import generate  # noqa: E402
 
 MODEL = HERE / "model"
-KINDS = ("sum", "story", "letters", "fraction")
-STEPS = (2, 3, 4, 5)  # operations in a problem: its difficulty
-LARGEST, OPERAND = 40, 15  # running totals lie in 0..LARGEST, what is added or taken in 1..OPERAND
+KINDS = ("sum", "story", "fraction")
+STEPS = (2, 3, 4)  # operations in a problem: its difficulty
+LARGEST, OPERAND = 30, 12  # running totals lie in 0..LARGEST, what is added or taken in 1..OPERAND
 
 # ----------------------------------------------------------------------------------------------
 # Problems: a start, then a chain of + and -
@@ -56,11 +59,6 @@ def make_problem(rng, kind=None, steps=None):
         moves = [f"{rng.choice(('gets', 'finds') if sign > 0 else ('loses', 'sells'))} {operand}"
                  for sign, operand in chain]
         text = f"{who} has {start} {thing}, {', '.join(moves)}. How many {thing} are left?"
-    elif kind == "letters":
-        names = "abcdef"[: steps + 1]
-        values = ", ".join(f"{name} = {v}" for name, v in zip(names, [start] + [b for _, b in chain]))
-        formula = names[0] + "".join(f" {'+' if s > 0 else '-'} {x}" for x, (s, _) in zip(names[1:], chain))
-        text = f"With {values}, what is {formula}?"
     else:
         denominator = rng.choice((3, 4, 5, 6, 7, 8, 9))
         text = f"What is {expression(start, chain, f'/{denominator}')}?"
@@ -121,7 +119,7 @@ def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.0
         if rng.random() < slip:
             total = rng.choice([v for v in (right - 2, right - 1, right + 1, right + 2) if v >= 0])
         parts.append(f"{step(before, sign, operand)} = {total}.")
-        for _ in range(rng.choices((0, 1, 2), (0.25, 0.45, 0.3))[0] if checks else 0):
+        for _ in range(rng.choices((0, 1, 2), (0.2, 0.45, 0.35))[0] if checks else 0):
             if rng.random() < 0.6 and total - sign * operand >= 0:
                 found = total - sign * operand
                 text = f"Wait, check: {step(total, -sign, operand)} = {found}, "
@@ -214,14 +212,22 @@ def write_json(path, content):
 # ----------------------------------------------------------------------------------------------
 # Pretraining
 
-DECAY = 0.5
-NS = {1: 0.4, 2: 0.22, 3: 0.1, 4: 0.14, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.05}  # N of a document: its share
+# Rounds of training: tokens (prompts and padding included), peak learning rate, the first part with
+# one problem a document (what a step is shows soonest there), the last part in which the learning
+# rate falls to nothing (so that facts settle), and after the first part N: its share of documents.
+ROUNDS = (
+    dict(tokens=16e6, peak=3e-3, alone=0.3, decay=0.6,
+         ns={1: 0.4, 2: 0.22, 3: 0.1, 4: 0.14, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.05}),
+    dict(tokens=14e6, peak=2e-3, alone=0.0, decay=1.0,
+         ns={1: 0.3, 2: 0.2, 3: 0.1, 4: 0.16, 5: 0.05, 6: 0.06, 7: 0.04, 8: 0.09}),
+)
+TOKENS_A_BATCH = 4096
 
 
-def documents(rng, chat, count, heldout):
+def documents(rng, chat, count, heldout, ns):
     """`count` documents as (prompt ids, completion ids with <|end|>), none with a held-out problem."""
     prompts, completions = [], []
-    for n in rng.choices(list(NS), NS.values(), k=count):
+    for n in rng.choices(list(ns), ns.values(), k=count):
         problems = [new_problem(rng, heldout) for _ in range(n)]
         prompts.append(batch_prompt([p["problem"] for p in problems]))
         completions.append(write_completion(rng, problems) + "<|end|>")
@@ -229,15 +235,15 @@ def documents(rng, chat, count, heldout):
     return [(encode_chat(chat, prompt), c.ids) for prompt, c in zip(prompts, ids)]
 
 
-def batches(rng, chat, tokens_a_batch, heldout):
-    """Endless batches (tokens (B, T), mask (B, T): which tokens to predict), about `tokens_a_batch`
+def batches(rng, chat, heldout, ns):
+    """Endless batches (tokens (B, T), mask (B, T): which tokens to predict), about TOKENS_A_BATCH
     tokens each: documents of about the same length side by side, so that little is padding."""
     while True:
-        pool = sorted(documents(rng, chat, 2048, heldout), key=lambda d: len(d[0]) + len(d[1]))
+        pool = sorted(documents(rng, chat, 2048, heldout, ns), key=lambda d: len(d[0]) + len(d[1]))
         cut, groups = [], []
         for document in pool:
             cut.append(document)
-            if len(cut) * (len(document[0]) + len(document[1])) >= tokens_a_batch:
+            if len(cut) * (len(document[0]) + len(document[1])) >= TOKENS_A_BATCH:
                 groups.append(cut)
                 cut = []
         rng.shuffle(groups)
@@ -251,22 +257,26 @@ def batches(rng, chat, tokens_a_batch, heldout):
             yield tokens, mask.bool()
 
 
-def pretrain(chat, hf, heldout, seed, tokens_in_all, tokens_a_batch=4096, peak=4e-3):
-    """A model trained on the completions of `tokens_in_all` tokens of documents: AdamW, a short
-    warm-up, and over the last part (DECAY) a learning rate that falls linearly to nothing, so that
-    the facts settle."""
-    rng = random.Random(seed)
+def new_model(hf, seed):
     torch.manual_seed(seed)
     model = Transformer(Config.from_hf(hf))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def pretrain(model, chat, heldout, rng, tokens, peak, alone, decay, ns):
+    """One round, with an AdamW of its own: the model learns to predict the completions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    tokens_in_all = tokens
     seen, started, recent = 0, time.time(), 0.0
     bar = tqdm(total=tokens_in_all, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
-    for count, (tokens, mask) in enumerate(batches(rng, chat, tokens_a_batch, heldout)):
+    single, mixed = batches(rng, chat, heldout, {1: 1.0}), batches(rng, chat, heldout, ns)
+    for count in itertools.count():
+        tokens, mask = next(single if seen < alone * tokens_in_all else mixed)
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, (count + 1) / 100, max(0, 1 - seen / tokens_in_all) / DECAY)
+            group["lr"] = peak * min(1, (count + 1) / 100, max(0, 1 - seen / tokens_in_all) / decay)
         targets = mask[:, 1:]
         logits = model.head(model.hidden(tokens[:, :-1])[targets])  # (predicted tokens, V)
         loss = F.cross_entropy(logits, tokens[:, 1:][targets])
@@ -282,13 +292,57 @@ def pretrain(chat, hf, heldout, seed, tokens_in_all, tokens_a_batch=4096, peak=4
         if seen >= tokens_in_all:
             break
     bar.close()
-    return model
 
 
 # ----------------------------------------------------------------------------------------------
 
 
-def make(seed, tokens):
+# What the world must be like, measured
+
+
+def measure(path, count):
+    """Two facts about a model of this world that decide whether it is a fair test, at N = 1 and
+    temperature 1, with a budget that cuts no one:
+
+    - Are long solutions as often right as short ones? Solutions with steps are compared with
+      others for problems of the same number of steps: the longer half against the shorter half.
+      If the shorter ones were more often right, plain GRPO would shorten them, and so prove
+      nothing about BCR.
+    - Do steps matter? The model is made to answer at once: how often is that right, and how often
+      does it do so by itself?"""
+    model, chat = Transformer.from_pretrained(path), load_chat(path)
+    problems = load_problems(HERE / "heldout.jsonl")
+    problems = (problems * (count // len(problems) + 1))[:count]
+    prompts = [encode_chat(chat, batch_prompt([p["problem"]])) for p in problems]
+
+    def answer(opening, budget):
+        """Completions that begin with `opening`: their texts, lengths, and which are right."""
+        begun = [prompt + chat.tokenizer.encode(opening, add_special_tokens=False).ids for prompt in prompts]
+        rollout = generate(model, begun, 1, budget, eos_ids=chat.eos_ids, seed=1)
+        texts = [opening + text for text in decode(chat, [r[:l].tolist() for r, l in zip(rollout.tokens, rollout.lengths)])]
+        return texts, rollout.lengths.numpy(), check(texts, [[p["answer"]] for p in problems])[:, 0]
+
+    texts, lengths, right = answer("", 1024)
+    with_steps = np.array([" = " in text for text in texts])
+    steps = np.array([p["difficulty"] for p in problems])
+    halves = {"shorter": [], "longer": []}
+    for level in STEPS:
+        rows = np.flatnonzero(with_steps & (steps == level))
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        halves["shorter"] += list(rows[: len(rows) // 2])
+        halves["longer"] += list(rows[(len(rows) + 1) // 2:])
+    print(f"{count} problems, N = 1: {right.mean():.2%} right, {lengths.mean():.1f} tokens")
+    for name, rows in halves.items():
+        print(f"  {name} half of the solutions with steps: {right[rows].mean():.2%} right, {lengths[rows].mean():.1f} tokens")
+    print(f"  answers without steps by itself: {1 - with_steps.mean():.2%} of all")
+    _, _, right = answer("### Problem 1\nAnswer 1:", 24)
+    print(f"  made to answer without steps: {right.mean():.2%} right")
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def make(seed):
     known = set()
     for name, count in (("heldout", 2000), ("train", 6000)):
         problems = make_problems(random.Random(f"{seed} {name}"), count, known, name)
@@ -296,15 +350,23 @@ def make(seed, tokens):
         if name == "heldout":
             heldout = frozenset(known)
     hf = write_model_files(train_tokenizer(random.Random(f"{seed} tokenizer")))
-    pretrain(load_chat(MODEL), hf, heldout, seed, tokens).save_pretrained(MODEL)
+    chat, model = load_chat(MODEL), new_model(hf, seed)
+    for number, plan in enumerate(ROUNDS):
+        # The first round's order of documents goes by the seed itself, later ones by seed and number.
+        pretrain(model, chat, heldout, random.Random(f"{seed} round {number}" if number else seed), **plan)
+        model.save_pretrained(MODEL)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=22e6, help="tokens of pretraining, prompts included")
+    parser.add_argument("--measure", nargs="?", const=str(MODEL), metavar="DIR", help="measure the model in DIR (default: the shipped one)")
+    parser.add_argument("--count", type=int, default=8000, help="problems to measure on, the held-out ones several times over")
     s = parser.parse_args()
-    make(s.seed, s.tokens)
+    if s.measure:
+        measure(s.measure, s.count)
+    else:
+        make(s.seed)
 
 
 if __name__ == "__main__":
