@@ -63,12 +63,12 @@ def flag(default, doc):
 class Settings:
     # The task
     n: str = flag("4", "problems in one prompt (N); several, as in 2,4,8, take turns, one a step")
-    budget: str = flag("160", "tokens for a whole completion, all N problems together; one for all N or one for each")
+    budget: str = flag("150", "tokens for a whole completion, all N problems together; one for all N or one for each")
     model: str = flag(str(HERE / "data/tiny/model"), "Hugging Face model directory")
     data: str = flag(str(HERE / "data/tiny/train.jsonl"), 'training problems, one {"problem", "answer", "difficulty"?} a line')
     eval_data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "problems to evaluate on, in the same form")
     # Training
-    steps: int = flag(30, "training steps; 0 only evaluates")
+    steps: int = flag(40, "training steps; 0 only evaluates")
     groups: int = flag(16, "prompts a step (P), each with N problems")
     samples: int = flag(8, "completions of each prompt (G), the group whose mean is the baseline")
     lr: float = flag(1e-4, "AdamW's learning rate: 1e-4 suits the shipped model, 1e-6 one of a billion parameters")
@@ -423,6 +423,7 @@ def evaluate(model, chat, problems, n, s, title):
     texts = decode(chat, ids)
     correct = check(texts, golds)  # (P, N)
     in_budget = check(decode(chat, [row[:budget] for row in ids]), golds)
+    print(f"{title}, N = {n}: {correct.mean():.1%} right, {rollout.lengths.sum().item() / correct.size:.1f} tokens a problem", flush=True)
     return {
         "accuracy": correct.mean(),
         "accuracy_ci95": interval95(correct),
@@ -469,7 +470,7 @@ def write_completions(path, examples, each=3):
         for message, text, golds, correct in of_n[:each]:
             out += ["=" * 100, f"N = {n}", "", message, "", f"--- completion: {sum(correct)} of {n} right; the answers "
                     f"are {', '.join(golds)}", "", text, ""]
-    path.write_text("\n".join(out) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(out) + "\n")
 
 
 def plot(path, results, metrics, n):
@@ -512,11 +513,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens"}  # when a run goes on
 
 
-def write_json(path, content):
-    """Writes JSON in one move: a reader sees the old file or the new one, never half of one."""
+def write_text(path, text):
+    """Writes a file in one move: a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_model(out, model, source):
@@ -616,14 +621,16 @@ def run(s):
     if s.resume:
         first = load_checkpoint(out, model, master, optimizer, s)
         results["before"] = read_json(out / "results.json")["before"]
-        metrics = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if m["step"] <= first]
+        if first:  # a line a step; what was written after the checkpoint comes again
+            metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:first]]
+        write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
         print(f"going on from step {first} in {out}")
     else:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the directory --out {out}: {error.strerror}") from None
-        print(f"{s.model}: {sum(p.numel() for p in master) / 1e6:.2f}M parameters, {dtype} on {device}; "
+        print(f"{os.path.relpath(s.model)}: {sum(p.numel() for p in master) / 1e6:.2f}M parameters, {dtype} on {device}; "
               f"{len(problems)} training problems, {len(heldout)} held out; writing to {out}", flush=True)
     # --- before training
     if not results["before"]:

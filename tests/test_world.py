@@ -25,9 +25,6 @@ def problems():
 
 def value_of(problem):
     """The answer worked out anew from a problem's text, by another way than make.py's."""
-    if match := re.match(r"With (.*), what is (.*)\?", problem):
-        values = dict(re.findall(r"([a-f]) = (\d+)", match[1]))
-        problem = " ".join(values.get(word, word) for word in match[2].split())
     problem = re.sub(r", (gets|finds) ", " + ", re.sub(r", (loses|sells) ", " - ", problem))
     terms = re.findall(r"([+-] |has |^|is )(\d+(?:/\d+)?)", problem.replace("What ", ""))
     return sum(Fraction(number) * (-1 if sign == "- " else 1) for sign, number in terms)

@@ -3,6 +3,7 @@ The tiny world: small arithmetic problems, worked solutions that check themselve
 and a small model that learned to write them.
 
     python data/tiny/make.py                 makes everything beside this file anew, from a seed
+                                             (about an hour on two cores)
     python data/tiny/make.py --measure       measures the shipped base model (see `measure`)
 
 What makes the world a fair test of BCR is written at `write_solution`: the loops cost tokens and
@@ -220,6 +221,8 @@ ROUNDS = (
          ns={1: 0.4, 2: 0.22, 3: 0.1, 4: 0.14, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.05}),
     dict(tokens=14e6, peak=2e-3, alone=0.0, decay=1.0,
          ns={1: 0.3, 2: 0.2, 3: 0.1, 4: 0.16, 5: 0.05, 6: 0.06, 7: 0.04, 8: 0.09}),
+    dict(tokens=9e6, peak=1.5e-3, alone=0.0, decay=1.0,
+         ns={1: 0.4, 2: 0.18, 3: 0.1, 4: 0.16, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.07}),
 )
 TOKENS_A_BATCH = 4096
 
@@ -295,8 +298,6 @@ def pretrain(model, chat, heldout, rng, tokens, peak, alone, decay, ns):
 
 
 # ----------------------------------------------------------------------------------------------
-
-
 # What the world must be like, measured
 
 
