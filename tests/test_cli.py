@@ -166,7 +166,7 @@ def test_ctrl_c_is_one_line(tmp_path):
     """A traceback for the most usual way to end a run."""
     process = subprocess.Popen([sys.executable, str(REPO / "bcr.py"), "--steps", "50", *QUICK[2:], "--out", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("step 1/"):
+    while "1/50" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

@@ -86,7 +86,7 @@ def test_arithmetic_in_solutions_is_right_where_nothing_slipped():
 def test_numbers_and_words_are_single_tokens(shipped):
     """A tokenizer that cuts numbers into digits: the small model could not do arithmetic."""
     _, chat = shipped
-    for number in range(100):
+    for number in range(make.LARGEST + make.OPERAND):
         assert len(chat.tokenizer.encode(f" {number}").ids) == len(chat.tokenizer.encode(f"{number}").ids) == 1
     for word in (" Wait,", " \\boxed{", " Problem", "###", "\n\n"):
         assert len(chat.tokenizer.encode(word).ids) == 1

@@ -118,7 +118,7 @@ def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.0
         before, right = total, total + sign * operand
         total = right
         if rng.random() < slip:
-            total = rng.choice([v for v in (right - 2, right - 1, right + 1, right + 2) if v >= 0])
+            total = rng.choice([v for v in (right - 2, right - 1, right + 1, right + 2) if v >= min(0, right)])
         parts.append(f"{step(before, sign, operand)} = {total}.")
         for _ in range(rng.choices((0, 1, 2), (0.2, 0.45, 0.35))[0] if checks else 0):
             if rng.random() < 0.6 and total - sign * operand >= 0:
@@ -170,7 +170,7 @@ VOCABULARY = 576
 
 def train_tokenizer(rng):
     """Byte-level BPE on the world's own text. Numbers, words and line breaks are cut apart first,
-    so that a number below 100 is one token and a word is one token, with its space."""
+    so that each number of this world is one token, and each word with its space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\n+| ?\d+| ?[^\d\s]+|\s+"), behavior="isolated"),
