@@ -186,6 +186,17 @@ def test_nothing_depends_on_the_micro_batch_size(batch, updates):
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
 
 
+def test_more_than_one_update_clips_against_the_sampler():
+    """A ratio that is not taken against the sampler's own logprobs: --updates above 1 would never be
+    clipped. These tokens are already far likelier than when they were sampled: nothing is left to push."""
+    for updates in (1, 2):
+        model = random_model()
+        accumulate_gradient(model, list(model.parameters()), [[5, 6]], [[7, 8, 0]], [torch.full((3,), -50.0)],
+                            np.array([1.0]), constant=1, s=Settings(updates=updates))
+        pushed = any(p.grad is not None and p.grad.any() for p in model.parameters())
+        assert pushed == (updates == 1)
+
+
 def test_micro_batches_hold_every_row_once_and_keep_their_size():
     """Rows lost or trained twice; memory beyond what was asked for."""
     lengths = np.array([5, 80, 3, 40, 41, 9, 200])
