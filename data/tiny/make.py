@@ -272,27 +272,26 @@ def new_model(hf, seed):
 def pretrain(model, chat, heldout, rng, tokens, peak, alone, decay, ns):
     """One round, with an AdamW of its own: the model learns to predict the completions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
-    tokens_in_all = tokens
     seen, started, recent = 0, time.time(), 0.0
-    bar = tqdm(total=tokens_in_all, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
+    bar = tqdm(total=tokens, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
     single, mixed = batches(rng, chat, heldout, {1: 1.0}), batches(rng, chat, heldout, ns)
     for count in itertools.count():
-        tokens, mask = next(single if seen < alone * tokens_in_all else mixed)
+        batch, mask = next(single if seen < alone * tokens else mixed)
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, (count + 1) / 100, max(0, 1 - seen / tokens_in_all) / decay)
+            group["lr"] = peak * min(1, (count + 1) / 100, max(0, 1 - seen / tokens) / decay)
         targets = mask[:, 1:]
-        logits = model.head(model.hidden(tokens[:, :-1])[targets])  # (predicted tokens, V)
-        loss = F.cross_entropy(logits, tokens[:, 1:][targets])
+        logits = model.head(model.hidden(batch[:, :-1])[targets])  # (predicted tokens, V)
+        loss = F.cross_entropy(logits, batch[:, 1:][targets])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seen += tokens.numel()
-        bar.update(tokens.numel())
+        seen += batch.numel()
+        bar.update(batch.numel())
         recent = 0.98 * recent + 0.02 * loss.item() if count else loss.item()
         if count % 100 == 0 and bar.disable:
             print(f"{seen / 1e6:6.1f}M tokens  loss {recent:.4f}  {seen / (time.time() - started):.0f} tok/s", flush=True)
-        if seen >= tokens_in_all:
+        if seen >= tokens:
             break
     bar.close()
 
