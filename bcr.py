@@ -7,10 +7,11 @@ nothing else in this file asks it to.
     python bcr.py --n 4                        the shipped model on the shipped problems
     python bcr.py --n 1 --budget 512           plain GRPO: one problem, a budget that cuts no one
     python bcr.py --n 4 --steps 0              only evaluate
+    python bcr.py --n 4 --solve FILE.jsonl     answer the problems of a file, 4 a prompt
     python bcr.py --n 3 --model DIR --data FILE.jsonl --eval-data FILE.jsonl --budget 5120 --lr 1e-6
 
 It reads from top to bottom: settings, data, prompts, rewards and advantages, loss, evaluation,
-checkpoints, loop. The algorithm is GRPO (arXiv 2402.03300) with these parts left out:
+report, solving, files, loop. The algorithm is GRPO (arXiv 2402.03300) with these parts left out:
 
 - No KL term and no reference model: rewards that are checked need no leash.
 - No division by response length: each sequence's own mean would itself reward or punish length
@@ -26,6 +27,8 @@ Letters in shapes: P prompts a step, G samples of each, N problems in a prompt, 
 import argparse
 import dataclasses
 import functools
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -46,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import Transformer, UserError, read_json
-from reward import score
+from reward import extract_answers, score
 from rollout import generate
 
 HERE = Path(__file__).resolve().parent
@@ -64,15 +67,17 @@ class Settings:
     # The task
     n: str = flag("4", "problems in one prompt (N); several, as in 2,4,8, take turns, one a step")
     budget: str = flag("150", "tokens for a whole completion, all N problems together; one for all N or one for each")
-    model: str = flag(str(HERE / "data/tiny/model"), "Hugging Face model directory")
+    model: str = flag(str(HERE / "data/tiny/model"), "Hugging Face model: a directory, or the name of one on the Hub")
     data: str = flag(str(HERE / "data/tiny/train.jsonl"), 'training problems, one {"problem", "answer", "difficulty"?} a line')
-    eval_data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "problems to evaluate on, in the same form")
+    eval_data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "problems to evaluate on, in the same form; several files with commas")
+    reward: str = flag("", "Python file with a function score(completion, golds) of your own: N numbers from 0 to 1")
+    solve: str = flag("", "answer the problems of this JSONL file, --n a prompt, instead of training")
     # Training
     steps: int = flag(40, "training steps; 0 only evaluates")
     groups: int = flag(16, "prompts a step (P), each with N problems")
     samples: int = flag(8, "completions of each prompt (G), the group whose mean is the baseline")
     lr: float = flag(1e-4, "AdamW's learning rate: 1e-4 suits the shipped model, 1e-6 one of a billion parameters")
-    temperature: float = flag(1.0, "of sampling, in training and evaluation; the loss uses the same")
+    temperature: float = flag(1.0, "of sampling in training, where the loss uses the same, and in --solve")
     updates: int = flag(1, "optimizer steps a rollout; above 1 the clipped ratio is on")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 minus this ...")
     clip_high: float = flag(0.28, "... and above 1 plus this (DAPO's clip-higher)")
@@ -82,8 +87,10 @@ class Settings:
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     # Evaluation
     eval_n: str = flag("1,2,4,8", "values of N to evaluate at")
-    eval_problems: int = flag(512, "problems to evaluate on, the same ones at each N")
-    eval_budget: int = flag(1024, "tokens for a whole completion in evaluation: enough to cut no one")
+    eval_problems: int = flag(512, "problems of each file to evaluate on, the same ones at each N")
+    eval_samples: int = flag(1, "completions of each prompt in evaluation (k): the accuracy is avg@k")
+    eval_budget: str = flag("1024", "tokens for a whole completion in evaluation, enough to cut no one; one, or one for each N")
+    eval_temperature: str = flag("1", "of sampling in evaluation; one for all N or one for each")
     # The run
     seed: int = flag(0, "decides the order of the data and every sampled token")
     out: str = flag("", "directory for all that the run writes (default: out/run-1, or the next free number)")
@@ -108,41 +115,49 @@ def parse_settings(argv):
             parser.add_argument(name, type=field.type, default=field.default,
                                 help=doc + (f" (default: {shown})" if shown != "" else ""))
     s = Settings(**vars(parser.parse_args(argv)))
-    at_least = {"groups": 1, "samples": 2, "steps": 0, "updates": 1, "eval_problems": 1, "eval_budget": 1,
+    at_least = {"groups": 1, "samples": 2, "steps": 0, "updates": 1, "eval_problems": 1, "eval_samples": 1,
                 "seed": 0, "save_every": 1, "rows": 1, "micro_tokens": 1, "temperature": 0, "lr": 0}
     for name, least in at_least.items():
         if not getattr(s, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} should be at least {least}, not {getattr(s, name)}")
-    if s.temperature == 0 and s.steps:
+    if s.temperature == 0 and s.steps and not s.solve:
         raise UserError("--temperature 0 gives a group of equal samples, which teaches nothing: use 1 for training")
-    if len(whole_numbers(s, "budget")) not in (1, len(whole_numbers(s, "n"))):
-        raise UserError(f"--budget {s.budget} should name one number, or one for each of --n {s.n}")
-    whole_numbers(s, "eval_n")
+    ns, _, _ = numbers(s, "n"), numbers(s, "budget", "n"), numbers(s, "eval_n")
+    numbers(s, "eval_budget", "eval_n"), numbers(s, "eval_temperature", "eval_n")
+    if s.solve and len(ns) > 1:
+        raise UserError(f"--solve takes one value of --n, not {s.n}")
     return s
 
 
-def whole_numbers(s, name):
-    """The list that a setting such as `2,4,8` stands for. Raises UserError if it is none."""
-    parts = getattr(s, name).split(",")
-    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part.strip()) for part in parts):
+def numbers(s, name, of=None):
+    """The list that a setting such as `2,4,8` stands for; with `of`, one number for each of that
+    setting's. Whole numbers above 0, but for temperatures. Raises UserError for anything else."""
+    parts = [part.strip() for part in getattr(s, name).split(",")]
+    kind = r"[0-9]{1,9}(\.[0-9]{1,9})?" if "temperature" in name else r"[1-9][0-9]{0,8}"
+    if not all(re.fullmatch(kind, part) for part in parts):
         raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)!r} should be a whole number above 0, or several with commas")
-    return [int(part) for part in parts]
+    count = len(numbers(s, of)) if of else len(parts)
+    if len(parts) not in (1, count):
+        raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} should name one number, or one for each of "
+                        f"--{of.replace('_', '-')} {getattr(s, of)}")
+    return [float(part) if "temperature" in name else int(part) for part in parts * (count // len(parts))]
 
 
 # ----------------------------------------------------------------------------------------------
 # Data: problems, and groups of N that are about equally hard
 
 
-def load_problems(path):
-    """A JSONL file as a list of {"problem": str, "answer": str, "difficulty": float}. Raises
-    UserError with the line's number for a line that is not of that form."""
-    problems = []
+def load_problems(path, answers=True):
+    """A JSONL file as a list of {"id", "problem": str, "answer": str, "difficulty": float}. An id is
+    the line's number where there is none; without `answers` a line may lack its answer (None).
+    Raises UserError with the line's number for a line that is not of that form."""
+    problems, names = [], {}
     try:
         lines = Path(path).read_bytes().decode("utf-8").split("\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: --data and --eval-data should be JSONL files") from None
+        raise UserError(f"{path} is not UTF-8 text: it should be a JSONL file") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -157,11 +172,14 @@ def load_problems(path):
             answer = str(answer)
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{path}, line {number}: no text in the field problem")
-        if not isinstance(answer, str) or not answer.strip():
+        if (answers or answer is not None) and (not isinstance(answer, str) or not answer.strip()):
             raise UserError(f"{path}, line {number}: no text or number in the field answer")
         if isinstance(difficulty, bool) or not isinstance(difficulty, (int, float)) or not math.isfinite(difficulty):
             raise UserError(f"{path}, line {number}: difficulty should be a number")
-        problems.append({"problem": problem, "answer": answer, "difficulty": difficulty})
+        name = str(entry.get("id", number))
+        names[name] = names.get(name, 0) + 1  # an id that comes again gets its line's number
+        name += f" (line {number})" * (names[name] > 1)
+        problems.append({"id": name, "problem": problem, "answer": answer, "difficulty": difficulty})
     if not problems:
         raise UserError(f"{path} has no problems in it")
     return problems
@@ -195,6 +213,16 @@ def draw_groups(problems, n, seed, first, count):
     return np.stack(groups)
 
 
+def evaluation_groups(problems, n, seed):
+    """Every problem once, (ceil(len / n), n) indices. What does not divide by n makes one more
+    prompt, filled up with problems that were asked already; returns, too, which are asked for the
+    first time: bool of the same shape. Only those count."""
+    groups = draw_groups(problems, n, seed, 0, len(problems) // n)
+    if rest := sorted(set(range(len(problems))) - set(groups.flat)):
+        groups = np.append(groups, [rest + groups.flat[: n - len(rest)].tolist()], axis=0)
+    return groups, np.arange(groups.size).reshape(groups.shape) < len(problems)
+
+
 # ----------------------------------------------------------------------------------------------
 # Prompts: N problems in one user message, in the model's own chat template
 
@@ -212,10 +240,27 @@ class Chat:
     """What turns a message into token ids: tokenizer.json, the chat template (None: plain text)
     and the ids that end a completion."""
 
+    path: Path
     tokenizer: Tokenizer
     template: jinja2.Template | None
     special: dict  # bos_token, eos_token ... as the template wants them
     eos_ids: list[int]
+
+
+def find_model(name):
+    """The directory of a model. A name such as Qwen/Qwen3-0.6B that is no directory is looked up in
+    the Hugging Face Hub, or among what was downloaded before. Raises UserError if it is not there."""
+    if Path(name).is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return Path(name)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
+            *TOKENIZER_FILES, "config.json", "model*.safetensors", "model.safetensors.index.json"]))
+    except Exception as error:  # the library's own errors, the network's, the disk's
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"--model {name} is no directory here, and the Hugging Face Hub did not give it "
+                        f"({type(error).__name__}: {reason})") from None
 
 
 def load_chat(path):
@@ -225,7 +270,7 @@ def load_chat(path):
     Raises UserError for a missing or broken file."""
     path = Path(path)
     if not (path / "tokenizer.json").is_file():
-        raise UserError(f"{path} has no tokenizer.json: --model should name a Hugging Face model directory")
+        raise UserError(f"{path} has no tokenizer.json: --model should name a Hugging Face model directory, or a model of the Hub as owner/name")
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
@@ -249,7 +294,7 @@ def load_chat(path):
         template = chat_environment().from_string(source) if source else None
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template in {path} is not valid: {error}") from None
-    return Chat(tokenizer, template, special, eos_ids)
+    return Chat(path, tokenizer, template, special, eos_ids)
 
 
 def chat_environment():
@@ -283,11 +328,38 @@ def encode_chat(chat, message):
 # Rewards and advantages
 
 
-def check(texts, golds):
+def check(texts, golds, score=score):
     """Which problems each completion answers correctly. texts: R completions; golds: for each its
-    N answers -> bool (R, N). THE reward is earned here: r = mean over the N of this. What stood
+    N answers -> (R, N), 1 or 0. THE reward is earned here: r = mean over the N of this. What stood
     before the cut counts; what the budget did not reach has no answer, and earns 0."""
-    return np.array([score(text, gold) for text, gold in zip(texts, golds)])
+    return np.array([score(text, gold) for text, gold in zip(texts, golds)], dtype=float)
+
+
+def load_reward(path):
+    """Returns (extract_answers, score): those of reward.py or, with --reward, those of the user's
+    file, which needs score(completion, golds) and may have an extract_answers(completion, n)."""
+    if not path:
+        return extract_answers, score
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        theirs = module.score
+    except Exception as error:  # whatever the user's file does wrong
+        raise UserError(f"cannot take --reward {path}: {type(error).__name__}: {error}; it should be a Python file with "
+                        "a function score(completion, golds)") from None
+
+    def checked(completion, golds):
+        try:
+            rewards = np.array(theirs(completion, golds), dtype=float)
+        except Exception as error:
+            raise UserError(f"score in --reward {path} fails: {type(error).__name__}: {error}") from None
+        if rewards.shape != (len(golds),) or not ((0 <= rewards) & (rewards <= 1)).all():
+            raise UserError(f"score in --reward {path} should return {len(golds)} numbers from 0 to 1, one a problem, "
+                            f"not {rewards.tolist()}")
+        return rewards
+
+    return getattr(module, "extract_answers", extract_answers), checked
 
 
 def advantages_of(rewards, normalize_std=False):
@@ -390,52 +462,131 @@ def wait_loops(text):
     return len(re.findall(r"\bwait\b", text, re.IGNORECASE))
 
 
+def student95(freedom):
+    """The 97.5% quantile of Student's t with that many degrees of freedom, by Abramowitz & Stegun
+    26.7.5: within 0.3% of the true one from 4 on."""
+    z, v = 1.959964, freedom
+    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) \
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+
+
 def interval95(correct):
-    """A 95% interval for the mean of correct (P, N), in which the N problems of a prompt are not
-    taken for independent: Wilson's interval (1927), for as many trials as a sample of single
-    problems would need for the same standard error between prompts (Kish's effective size)."""
-    prompts, n = correct.shape
-    p, trials, z = correct.mean(), float(prompts * n), 1.96
-    if prompts > 1 and (variance := correct.mean(axis=1).var(ddof=1) / prompts) > 0:
-        trials = min(trials, p * (1 - p) / variance)
+    """A 95% interval for the mean of correct (P, k, N), NaN where an answer does not count. Neither
+    the N problems of a prompt nor its k samples are independent, prompts are: Wilson's interval
+    (1927) for as many trials as a sample of single answers would need for the same standard error
+    between prompts (Kish's effective size), with Student's t for the few prompts there may be."""
+    prompts, p = len(correct), np.nanmean(correct)
+    trials, z = float(np.isfinite(correct[:, 0]).sum()), student95(prompts - 1) if prompts > 1 else 1.96
+    if prompts > 1 and (variance := np.nanmean(correct, axis=(1, 2)).var(ddof=1) / prompts) > 0:
+        trials = min(float(np.isfinite(correct).sum()), p * (1 - p) / variance)
     middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return [max(0.0, middle - half), middle + half if p < 1 else 1.0]
 
 
 EVALUATION = 2**32  # the step number that evaluation's random stream goes by, plus N
 
 
-def evaluate(model, chat, problems, n, s, title):
-    """Answers `--eval-problems` problems, N a prompt, one sample each. Returns the figures and the
-    prompts' and completions' texts. `accuracy` is with --eval-budget, meant to cut no one;
+def sample_records(model, chat, problems, groups, samples, budget, temperature, s, path, title, mark):
+    """Samples `samples` completions of the prompt of each group (indices of problems) and returns a
+    record of each, in the order (prompt, sample). A record is a line of the JSONL file `path` as
+    soon as its completion ends: what stands there already is not sampled again, and as every draw
+    is a function of its place, a run that was stopped ends as if it had not been.
+    mark(p, ids, text): what else belongs into the record."""
+    records, total, told = {}, len(groups) * samples, time.time()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line at which the run was stopped
+                continue
+            records[record["prompt"], record["sample"]] = record
+    path.parent.mkdir(exist_ok=True)
+    write_lines(path, records.values())
+    missing = [p for p in range(len(groups)) if any((p, g) not in records for g in range(samples))]
+    with progress(total, title) as bar, open(path, "a", encoding="utf-8") as file:
+        bar.update(len(records))
+
+        def keep(row, ids, truncated):
+            nonlocal told
+            p, g = missing[row // samples], row % samples
+            text = decode(chat, [ids])[0]
+            records[p, g] = {"prompt": p, "sample": g, "problems": [problems[i]["id"] for i in groups[p]],
+                             "tokens": len(ids), "truncated": truncated, **mark(p, ids, text), "completion": text}
+            file.write(json.dumps(records[p, g]) + "\n")
+            file.flush()
+            bar.update()
+            if bar.disable and time.time() - told > 60:
+                told = time.time()
+                print(f"{title}: {len(records)} of {total} completions", flush=True)
+
+        if missing:
+            prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
+            generate(model, prompts, samples, budget, eos_ids=chat.eos_ids, temperature=temperature, seed=s.seed,
+                     step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=s.rows, on_finished=keep)
+    records = [records[key] for key in sorted(records)]
+    write_lines(path, records)
+    return records
+
+
+def evaluate(model, chat, name, problems, n, s, path, title, score=score):
+    """Answers `--eval-problems` problems, N a prompt, k samples of each. Returns the figures and the
+    records they come from. `accuracy` is with --eval-budget, meant to cut no one;
     `accuracy_in_budget` is of the same completions cut at the training budget, which is what
-    sampling with that budget would have given, token for token."""
-    groups = draw_groups(problems, n, s.seed, 0, len(problems) // n)  # raises if N is too large
-    golds = [[problems[i]["answer"] for i in group] for group in groups]
-    messages = [batch_prompt([problems[i]["problem"] for i in group]) for group in groups]
-    with progress(len(groups), f"{title}, N = {n}") as bar:
-        rollout = generate(model, [encode_chat(chat, m) for m in messages], 1, s.eval_budget, eos_ids=chat.eos_ids,
-                           temperature=s.temperature, seed=s.seed, step=EVALUATION + n, rows=s.rows,
-                           on_finished=bar.update)
-    budget = max(whole_numbers(s, "budget"))
-    ids = [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths)]
-    texts = decode(chat, ids)
-    correct = check(texts, golds)  # (P, N)
-    in_budget = check(decode(chat, [row[:budget] for row in ids]), golds)
-    print(f"{title}, N = {n}: {correct.mean():.1%} right, {rollout.lengths.sum().item() / correct.size:.1f} tokens a problem", flush=True)
-    return {
-        "accuracy": correct.mean(),
+    sampling with that budget would have given, token for token. `interference`: the share of
+    problems whose answer is wrong, but right for another problem of the same prompt."""
+    groups, counted = evaluation_groups(problems, n, s.seed)
+    which, budget = numbers(s, "eval_n").index(n), max(numbers(s, "budget"))
+
+    def mark(p, ids, text):
+        golds = [problems[i]["answer"] for i in groups[p]]
+        turned = [golds[shift:] + golds[:shift] for shift in range(n)]  # the first is the right one
+        correct, *others = check([text] * n, turned, score)
+        in_budget = correct if len(ids) <= budget else check(decode(chat, [ids[:budget]]), [golds], score)[0]
+        swapped = (correct < 1) & np.any(others, axis=0) if n > 1 else np.zeros(1)
+        return {key: [float(value) if count else None for value, count in zip(values, counted[p])] for key, values in
+                (("correct", correct), ("in_budget", in_budget), ("swapped", swapped))} | {"waits": wait_loops(text)}
+
+    records = sample_records(model, chat, problems, groups.tolist(), s.eval_samples, numbers(s, "eval_budget", "eval_n")[which],
+                             numbers(s, "eval_temperature", "eval_n")[which], s, path, f"{title}, {name}, N = {n}", mark)
+    correct, in_budget, swapped = (np.array([record[key] for record in records], float).reshape(len(groups), s.eval_samples, n)
+                                   for key in ("correct", "in_budget", "swapped"))  # (P, k, N), NaN where it does not count
+    figures = {
+        "accuracy": np.nanmean(correct),
         "accuracy_ci95": interval95(correct),
-        "tokens_per_problem": rollout.lengths.double().mean().item() / n,
-        "loops_per_problem": sum(map(wait_loops, texts)) / (len(texts) * n),
-        "truncated": rollout.truncated.double().mean().item(),
+        "tokens_per_problem": np.mean([record["tokens"] for record in records]) / n,
+        "loops_per_problem": np.mean([record["waits"] for record in records]) / n,
+        "truncated": np.mean([record["truncated"] for record in records]),
         "budget": budget,
-        "accuracy_in_budget": in_budget.mean(),
+        "accuracy_in_budget": np.nanmean(in_budget),
         "accuracy_in_budget_ci95": interval95(in_budget),
-        "accuracy_by_position": correct.mean(axis=0).tolist(),
-        "problems": correct.size,
-    }, list(zip(messages, texts, golds, correct.tolist()))
+        "accuracy_by_position": [np.nanmean(correct[:, :, i]) for i in range(n)],
+        "interference": np.nanmean(swapped),
+        "problems": len(problems),
+        "samples": s.eval_samples,
+    }
+    print(f"{title}, {name}, N = {n}: {figures['accuracy']:.1%} right, {figures['tokens_per_problem']:.1f} tokens a problem", flush=True)
+    return figures, records
+
+
+def change(before, after):
+    """From the records of the same prompts before and after training: the change of the accuracy
+    and of the tokens (as a share), each with a 95% interval, prompt against prompt. One prompt
+    alone has no interval (None)."""
+
+    def of_prompts(records, key):  # (P,): what each prompt adds to the sum
+        return np.array([np.nansum(np.array(r[key], float)) for r in records]).reshape(records[-1]["prompt"] + 1, -1).sum(axis=1)
+
+    def interval(value, spread):
+        half = student95(len(spread) - 1) * spread.std(ddof=1) / math.sqrt(len(spread)) if len(spread) > 1 else math.nan
+        return [max(-1.0, value - half), value + half] if half == half else None
+
+    answers = sum(value is not None for r in after for value in r["correct"])
+    right = (of_prompts(after, "correct") - of_prompts(before, "correct")) * (after[-1]["prompt"] + 1) / answers
+    then, now = of_prompts(before, "tokens"), of_prompts(after, "tokens")
+    ratio = now.mean() / then.mean()
+    return {"accuracy": right.mean(), "accuracy_ci95": interval(right.mean(), right), "tokens": ratio - 1,
+            "tokens_ci95": interval(ratio - 1, (now - ratio * then) / then.mean())}  # a ratio, to first order
 
 
 def decode(chat, ids):
@@ -447,34 +598,58 @@ def progress(total, title):
     return tqdm(total=total, desc=title, leave=False, disable=not sys.stderr.isatty())
 
 
-def table(before, after):
-    """The result as text: a line for each N, before and after side by side."""
-    budget = next(iter(before.values()))["budget"]
-    columns = [("accuracy %", "accuracy", 100, "{:.1f}"), (f"in {budget} tokens %", "accuracy_in_budget", 100, "{:.1f}"),
-               ("tokens / problem", "tokens_per_problem", 1, "{:.1f}"), ("waits / problem", "loops_per_problem", 1, "{:.2f}")]
-    head = "  N" + "".join(f" | {title:>19}" for title, *_ in columns)
-    lines = [head, "   " + f" | {'before':>9} {'after' if after else '':>9}" * len(columns), "-" * len(head)]
-    for n, figures in before.items():
-        cells = ""
-        for _, name, scale, form in columns:
-            then = form.format(after[n][name] * scale) if n in after else ""
-            cells += f" | {form.format(figures[name] * scale):>9} {then:>9}"
-        lines.append(f"{n:>3}" + cells)
+# ----------------------------------------------------------------------------------------------
+# Report
+
+
+def table(results):
+    """The result as text: a line for each benchmark and N, before and after side by side."""
+    budget = next(iter(next(iter(results["before"].values())).values()))["budget"]
+    width = max(len(name) for name in ["benchmark", *results["before"]])
+    columns = [("accuracy %", "accuracy", 100, ".1f", True), (f"in {budget} tokens %", "accuracy_in_budget", 100, ".1f", False),
+               ("tokens / problem", "tokens_per_problem", 1, ".1f", True), ("waits / problem", "loops_per_problem", 1, ".2f", False)]
+    head, under = " " * (width + 5), f"{'benchmark':{width}}  {'N':>3}"
+    for title, _, _, _, changes in columns:
+        head += f" | {title:^{17 + 13 * changes}}"
+        under += f" | {'before':>8} {'after':>8}" + f" {'change':>12}" * changes
+    lines = [head, under, "-" * len(under)]
+    for name, of_name in results["before"].items():
+        for n, before in of_name.items():
+            after, moved = (results[key].get(name, {}).get(n) for key in ("after", "change"))
+            line = f"{name:{width}}  {n:>3}"
+            for _, key, scale, form, changes in columns:
+                then = format(after[key] * scale, form) if after else ""
+                line += f" | {before[key] * scale:>8{form}} {then:>8}"
+                if changes:
+                    text = ""
+                    if moved and key == "accuracy":
+                        half = f" ±{50 * (moved['accuracy_ci95'][1] - moved['accuracy_ci95'][0]):.1f}" if moved["accuracy_ci95"] else ""
+                        text = f"{100 * moved['accuracy']:+.1f}" + half
+                    elif moved:
+                        text = f"{moved['tokens']:+.1%}"
+                    line += f" {text:>12}"
+            lines.append(line)
     return "\n".join(lines)
 
 
-def write_completions(path, examples, each=3):
-    """Some prompts and completions at each N for a person to read: what `evaluate` returned."""
+def write_completions(path, results, each=3):
+    """Some prompts and completions of each benchmark and N for a person to read.
+    results: {name: {n: (problems, records)}}."""
     out = []
-    for n, of_n in examples.items():
-        for message, text, golds, correct in of_n[:each]:
-            out += ["=" * 100, f"N = {n}", "", message, "", f"--- completion: {sum(correct)} of {n} right; the answers "
-                    f"are {', '.join(golds)}", "", text, ""]
+    for name, of_name in results.items():
+        for n, (problems, records) in of_name.items():
+            known = {problem["id"]: problem for problem in problems}
+            for r in [r for r in records if r["sample"] == 0][:each]:
+                asked = [known[i] for i in r["problems"]]
+                out += ["=" * 100, f"{name}, N = {n}", "", batch_prompt([p["problem"] for p in asked]), "",
+                        f"--- completion of {r['tokens']} tokens: {sum(filter(None, r['correct'])):g} of {n} right; the answers are "
+                        + ", ".join(p["answer"] for p in asked), "", r["completion"], ""]
     write_text(path, "\n".join(out) + "\n")
 
 
-def plot(path, results, metrics, n):
-    """results.png: tokens and accuracy over N before and after, and over the steps."""
+def plot(path, results, metrics):
+    """results.png: for each benchmark tokens and accuracy over N (the task-scaling law) and accuracy
+    over the position in the prompt; below them the training."""
     try:
         import matplotlib
     except ImportError:
@@ -483,26 +658,78 @@ def plot(path, results, metrics, n):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8))
-    budget = next(iter(results["before"].values()))["budget"]
-    for stage, colour in (("before", "tab:gray"), ("after", "tab:blue")):
-        rows = results.get(stage, {})
-        xs = [int(key) for key in rows]
-        axes[0].plot(xs, [row["tokens_per_problem"] for row in rows.values()], "o-", color=colour, label=stage)
-        axes[1].plot(xs, [row["accuracy"] for row in rows.values()], "o-", color=colour, label=f"{stage}, nobody cut")
-        axes[1].plot(xs, [row["accuracy_in_budget"] for row in rows.values()], "o--", color=colour, label=f"{stage}, {budget} tokens")
-    for axis, title in ((axes[0], "tokens per problem"), (axes[1], "accuracy")):
-        axis.set(title=title, xlabel="N problems in the prompt", ylim=(0, None))
-        axis.legend(fontsize=8)
-    steps = [m["step"] for m in metrics]
-    axes[2].plot(steps, [m["tokens_per_problem"] for m in metrics])
-    axes[2].set(title=f"training, N = {n}: tokens per problem", xlabel="step", ylim=(0, None))
-    axes[3].plot(steps, [m["accuracy"] for m in metrics], label="accuracy")
-    axes[3].plot(steps, [m["truncated"] for m in metrics], label="share cut by the budget")
-    axes[3].set(title=f"training, N = {n}", xlabel="step", ylim=(0, 1.02))
-    axes[3].legend(fontsize=8)
+    names = list(results["before"])
+    figure, axes = pyplot.subplots(len(names) + bool(metrics), 3, figsize=(14, 3.8 * (len(names) + bool(metrics))), squeeze=False)
+    for row, name in zip(axes, names):
+        for stage, colour in (("before", "tab:gray"), ("after", "tab:blue")):
+            if not (figures := results[stage].get(name)):
+                continue
+
+            def over_n(key):
+                return [of_n[key] for of_n in figures.values()]
+
+            xs, budget = [int(n) for n in figures], over_n("budget")[0]
+            row[0].plot(xs, over_n("tokens_per_problem"), "o-", color=colour, label=stage)
+            row[1].plot(xs, over_n("accuracy"), "o-", color=colour, label=f"{stage}, nobody cut")
+            row[1].fill_between(xs, *zip(*over_n("accuracy_ci95")), color=colour, alpha=0.2, linewidth=0)
+            row[1].plot(xs, over_n("accuracy_in_budget"), "o--", color=colour, label=f"{stage}, {budget} tokens")
+            for n, by_position in zip(xs, over_n("accuracy_by_position")):
+                row[2].plot(range(1, n + 1), by_position, ".-", color=colour, alpha=0.2 + 0.8 * n / max(xs), label=f"{stage}, N = {n}")
+        for axis, title, label in zip(row, ("tokens per problem", "accuracy", "accuracy by position"),
+                                      ("N problems in the prompt",) * 2 + ("position in the prompt",)):
+            axis.set(title=f"{name}: {title}", xlabel=label, ylim=(0, None))
+            axis.legend(fontsize=8)
+    if metrics:
+        for axis, keys in zip(axes[-1], (["tokens_per_problem"], ["accuracy", "truncated"], ["entropy"])):
+            for key in keys:
+                axis.plot([m["step"] for m in metrics], [m[key] for m in metrics], label=key.replace("_", " "))
+            axis.set(title=f"training: {', '.join(keys).replace('_', ' ')}", xlabel="step", ylim=(0, None))
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------
+# Solving: what a user of a trained model deploys
+
+
+def solve(s):
+    """Answers the problems of a file, N a prompt. Problems that the budget did not reach go round
+    again, in prompts of half as many, down to one. answers.jsonl has a line a problem, in the order
+    of the file: {id, answer (None: not reached), n, rounds, tokens (its share of all completions
+    that it was in), completion, correct (where the file knows)}."""
+    problems, (n,), (budget,) = load_problems(s.solve, answers=False), numbers(s, "n"), numbers(s, "budget")
+    extract, score = load_reward(s.reward)
+    model, chat, about = load(s)
+    out, started = open_out(s), time.time()
+    print(f"{about}; {len(problems)} problems to solve; writing to {out}", flush=True)
+    entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""} for p in problems]
+    waiting, size, rounds, tokens = list(range(len(problems))), n, 0, 0
+    while waiting and size:
+        rounds += 1
+        groups = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+        records = sample_records(model, chat, problems, groups, 1, budget, s.temperature, s, out / f"round-{rounds}.jsonl",
+                                 f"round {rounds}, N = {size}", lambda p, ids, text: {})
+        for group, record in zip(groups, records):
+            tokens += record["tokens"]
+            for i, answer in zip(group, extract(record["completion"], len(group))):
+                entries[i].update(answer=answer, n=len(group), rounds=rounds, completion=record["completion"],
+                                  tokens=entries[i]["tokens"] + record["tokens"] / len(group))
+                if problems[i]["answer"] is not None:
+                    golds = [problems[j]["answer"] or "" for j in group]
+                    entries[i]["correct"] = check([record["completion"]], [golds], score)[0, group.index(i)]
+        waiting = [i for i in waiting if entries[i]["answer"] is None]
+        size //= 2
+    write_lines(out / "answers.jsonl", entries)
+    marks, seconds = [e["correct"] for e in entries if "correct" in e], time.time() - started
+    summary = {"problems": len(problems), "n": n, "budget": budget, "tokens_per_problem": tokens / len(problems),
+               "problems_per_second": len(problems) / seconds, "seconds": seconds, "again": sum(e["rounds"] > 1 for e in entries),
+               "unanswered": len(waiting), "accuracy": np.mean(marks) if marks else None}
+    write_json(out / "results.json", summary)
+    print("\nproblems | N | budget | tokens / problem | problems / second | asked again | unanswered | right")
+    print(f"{len(problems):>8} | {n} | {budget:>6} | {summary['tokens_per_problem']:>16.1f} | {summary['problems_per_second']:>17.2f} | "
+          f"{summary['again']:>11} | {len(waiting):>10} | " + (f"{summary['accuracy']:.1%}" if marks else "unknown"))
+    print(f"In {out}: answers.jsonl, results.json")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -520,6 +747,10 @@ def write_text(path, text):
     temporary.replace(path)
 
 
+def write_lines(path, entries):
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -532,10 +763,10 @@ def write_model(out, model, source):
             shutil.copyfile(Path(source) / name, out / name)
 
 
-def save_checkpoint(out, step, model, master, optimizer, s):
-    """All that step number `step` depends on: master weights, AdamW's state, settings. The order
-    of the data and every draw are functions of the settings and the step. Written aside and
-    renamed, then the one before is removed."""
+def save_checkpoint(out, step, model, master, optimizer):
+    """All that the step after `step` depends on, apart from out/settings.json: master weights and
+    AdamW's state. The order of the data and every draw are functions of the settings and the step.
+    Written aside and renamed, then all but the last two are removed."""
     target = out / f"checkpoint-{step:06d}"
     temporary = out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -544,61 +775,63 @@ def save_checkpoint(out, step, model, master, optimizer, s):
     state = {f"{key}.{name}": value for name, weight in zip(names, master)
              for key, value in ({"weight": weight.detach()} | optimizer.state[weight]).items()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "state.safetensors")
-    write_json(temporary / "state.json", {"step": step, "settings": dataclasses.asdict(s)})
+    write_json(temporary / "state.json", {"step": step})
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
     for old in sorted(out.glob("checkpoint-*"))[:-2]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(out, model, master, optimizer, s):
-    """Restores the last checkpoint in place and returns its step. Raises UserError if there is
-    none, or if a setting was changed that the run's numbers depend on."""
+def load_checkpoint(out, model, master, optimizer):
+    """Restores the last checkpoint in place and returns its step, 0 where there is none yet."""
     checkpoints = sorted(out.glob("checkpoint-*"))
     if not checkpoints:
-        raise UserError(f"--resume finds no checkpoint in {out}: start the run without --resume, in a new --out")
-    saved = read_json(checkpoints[-1] / "state.json")
-    for name, value in dataclasses.asdict(s).items():
-        if name not in MAY_CHANGE and value != saved["settings"].get(name):
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {saved['settings'].get(name)} and is now {value}: "
-                            "a run goes on with the settings it began with")
+        return 0
     state = load_file(checkpoints[-1] / "state.safetensors")
     for (name, computed), weight in zip(model.named_parameters(), master):
         with torch.no_grad():
             weight.copy_(state[f"weight.{name}"])
             computed.copy_(weight)
-        if f"step.{name}" in state:  # no step was taken yet: AdamW has no state
+        if f"step.{name}" in state:  # every group was equal so far: AdamW has no state
             optimizer.state[weight] = {key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
                                        for key in ("step", "exp_avg", "exp_avg_sq")}
-    return saved["step"]
+    return read_json(checkpoints[-1] / "state.json")["step"]
 
 
 # ----------------------------------------------------------------------------------------------
 # The loop
 
 
-def run(s):
-    started = time.time()
+def load(s):
+    """Returns the model, its Chat, and a line about them."""
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype} is not supported: use float32 or bfloat16")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device} is not to be had on this machine: use cpu")
-    ns, budgets = whole_numbers(s, "n"), whole_numbers(s, "budget")
-    problems, heldout = load_problems(s.data), load_problems(s.eval_data)[: s.eval_problems]
-    if shared := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-        print(f"warning: {len(shared)} problems of --eval-data are in --data too, so accuracy after training is flattered")
-    chat = load_chat(s.model)
-    model = Transformer.from_pretrained(s.model, getattr(torch, dtype), device)
+    chat = load_chat(find_model(s.model))
+    model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
     if chat.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise UserError(f"the tokenizer in {s.model} has {chat.tokenizer.get_vocab_size()} tokens, but the model "
                         f"only {model.config.vocab_size}: the two do not belong together")
-    # Float32 master weights: the model's own if it is computed in float32, else copies.
-    master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
+    parameters = sum(p.numel() for p in model.parameters())
+    return model, chat, f"{os.path.relpath(chat.path)}: {parameters / 1e6:.2f}M parameters, {dtype} on {device}"
 
-    # Everything that can be wrong with the settings shows before anything is written.
+
+def load_benchmarks(s):
+    """The problems of each file of --eval-data, {name of the file: problems}."""
+    benchmarks = {}
+    for path in s.eval_data.split(","):
+        if Path(path).stem in benchmarks:
+            raise UserError(f"--eval-data names two files called {Path(path).stem}: their results could not be told apart")
+        benchmarks[Path(path).stem] = load_problems(path)[: s.eval_problems]
+    return benchmarks
+
+
+def check_settings(s, model, chat, problems, benchmarks):
+    """Everything that can be wrong with the settings shows before anything is written."""
+
     def first_prompt(problems, n, budget):
         group = [problems[i] for i in draw_groups(problems, n, s.seed, 0, 1)[0]]
         tokens, limit = len(encode_chat(chat, batch_prompt([p["problem"] for p in group]))), model.config.max_position_embeddings
@@ -607,46 +840,60 @@ def run(s):
                             "this model: lower the budget or N")
         return [p["answer"] for p in group]
 
-    for n in whole_numbers(s, "eval_n"):
-        first_prompt(heldout, n, s.eval_budget)
-    for turn, n in enumerate(ns):
-        golds = first_prompt(problems, n, budgets[turn % len(budgets)])
+    for of_name in benchmarks.values():
+        for n, budget in zip(numbers(s, "eval_n"), numbers(s, "eval_budget", "eval_n")):
+            first_prompt(of_name, n, budget)
+    for n, budget in zip(numbers(s, "n"), numbers(s, "budget", "n")):
+        golds = first_prompt(problems, n, budget)
         bare = "\n\n".join(f"### Problem {i}\nAnswer {i}: \\boxed{{{gold}}}" for i, gold in enumerate(golds, start=1))
-        budget, need = budgets[turn % len(budgets)], len(chat.tokenizer.encode(bare, add_special_tokens=False).ids)
+        need = len(chat.tokenizer.encode(bare, add_special_tokens=False).ids)
         if budget < need:
             raise UserError(f"a budget of {budget} tokens cannot hold even the bare answers to {n} problems "
                             f"(about {need} tokens): raise --budget or lower --n")
-    out, first, metrics, warned = open_out(s), 0, [], set()
-    results, examples = {"settings": dataclasses.asdict(s), "before": {}, "after": {}}, {}
-    if s.resume:
-        first = load_checkpoint(out, model, master, optimizer, s)
-        results["before"] = read_json(out / "results.json")["before"]
-        if first:  # a line a step; what was written after the checkpoint comes again
-            metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:first]]
-        write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
-        print(f"going on from step {first} in {out}")
-    else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the directory --out {out}: {error.strerror}") from None
-        print(f"{os.path.relpath(s.model)}: {sum(p.numel() for p in master) / 1e6:.2f}M parameters, {dtype} on {device}; "
-              f"{len(problems)} training problems, {len(heldout)} held out; writing to {out}", flush=True)
-    # --- before training
-    if not results["before"]:
-        for n in whole_numbers(s, "eval_n"):
-            results["before"][str(n)], examples[str(n)] = evaluate(model, chat, heldout, n, s, "before training")
-        write_completions(out / "completions-before.txt", examples)
+    for name, of_name in benchmarks.items():
+        if shared := {p["problem"] for p in problems} & {p["problem"] for p in of_name}:
+            print(f"warning: {len(shared)} problems of {name} are in --data too, so accuracy after training is flattered")
+
+
+def run(s):
+    started = time.time()
+    ns, budgets = numbers(s, "n"), numbers(s, "budget", "n")
+    problems, benchmarks, (_, score) = load_problems(s.data), load_benchmarks(s), load_reward(s.reward)
+    model, chat, about = load(s)
+    # Float32 master weights: the model's own if it is computed in float32, else copies.
+    master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
+    check_settings(s, model, chat, problems, benchmarks)
+    out = open_out(s)
+    print(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; writing to {out}", flush=True)
+    results, metrics, warned = {"settings": dataclasses.asdict(s), "before": {}, "after": {}, "change": {}}, [], set()
+
+    def evaluate_all(stage, step):
+        found = {}
+        for name, of_name in benchmarks.items():
+            for n in numbers(s, "eval_n"):
+                path = out / f"evaluation/{name}-n{n}-step{step}.jsonl"
+                figures, records = evaluate(model, chat, name, of_name, n, s, path, f"{stage} training", score)
+                results[stage].setdefault(name, {})[str(n)] = figures
+                found.setdefault(name, {})[str(n)] = of_name, records
+        write_completions(out / f"completions-{stage}.txt", found)
         write_json(out / "results.json", results)
-        if s.steps:
-            save_checkpoint(out, 0, model, master, optimizer, s)
+        return found
+
+    # --- before training; a resumed run reads what it has found
+    before = evaluate_all("before", 0)
+    first = load_checkpoint(out, model, master, optimizer) if s.resume else 0
+    if s.resume:
+        if (out / "metrics.jsonl").exists():  # a line a step; what was written after the checkpoint comes again
+            metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:first]]
+        write_lines(out / "metrics.jsonl", metrics)
+        print(f"going on from step {first} in {out}", flush=True)
 
     # --- training
     bar = progress(s.steps, "training")
     bar.update(first)
     for step in range(first + 1, s.steps + 1):
-        turn = (step - 1) % len(ns)
-        n, budget = ns[turn], budgets[turn % len(budgets)]
+        n, budget = ns[(step - 1) % len(ns)], budgets[(step - 1) % len(ns)]
         groups = draw_groups(problems, n, s.seed, (step - 1) // len(ns) * s.groups, s.groups)  # (P, N)
         golds = [[problems[i]["answer"] for i in group] for group in groups for _ in range(s.samples)]  # (R, N)
         prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in group])) for group in groups]
@@ -661,7 +908,7 @@ def run(s):
         texts = decode(chat, completions)
 
         # Reward = share of the N problems answered correctly; advantage = reward - mean of its group.
-        correct = check(texts, golds)  # (R, N)
+        correct = check(texts, golds, score)  # (R, N)
         rewards = correct.mean(axis=1) - s.length_penalty * lengths / budget  # (R,)
         advantages = advantages_of(rewards.reshape(s.groups, s.samples), s.normalize_std)  # (P, G)
         zero_variance = float((advantages == 0).all(axis=1).mean())
@@ -709,20 +956,19 @@ def run(s):
             warned.add(warning)
         bar.update()
         if step % s.save_every == 0 or step == s.steps:
-            save_checkpoint(out, step, model, master, optimizer, s)
+            save_checkpoint(out, step, model, master, optimizer)
     bar.close()
 
     # --- after training
     if s.steps:
-        for n in whole_numbers(s, "eval_n"):
-            results["after"][str(n)], examples[str(n)] = evaluate(model, chat, heldout, n, s, "after training")
-        write_completions(out / "completions-after.txt", examples)
-        write_model(out / "model", model, s.model)
+        after = evaluate_all("after", max(first, s.steps))
+        results["change"] = {name: {n: change(of_name[n][1], after[name][n][1]) for n in of_name} for name, of_name in before.items()}
+        write_model(out / "model", model, chat.path)
     results["seconds"] = time.time() - started
     write_json(out / "results.json", results)
-    plot(out / "results.png", results, metrics, s.n)
-    print("\n" + table(results["before"], results["after"]))
-    print(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt"
+    plot(out / "results.png", results, metrics)
+    print("\n" + table(results))
+    print(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt, evaluation/"
           + (", model/ (a Hugging Face directory)" if s.steps else ""))
 
 
@@ -744,23 +990,35 @@ def warnings(metrics):
 
 
 def open_out(s):
-    """The directory for this run. Raises UserError rather than write into a used one."""
-    if s.resume and not s.out:
-        raise UserError("--resume needs --out, the directory of the run that should go on")
-    if not s.out:
-        number = 1
-        while Path(f"out/run-{number}").exists():
-            number += 1
-        return Path(f"out/run-{number}")
-    out = Path(s.out)
-    if not s.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is in use: name a new directory, or go on with --resume")
+    """Makes the directory for this run, or opens that of the run that goes on. Raises UserError
+    rather than write into a used one, or go on with settings that the run's numbers depend on and
+    that it did not begin with."""
+    if s.resume:
+        if not s.out:
+            raise UserError("--resume needs --out, the directory of the run that should go on")
+        if not (Path(s.out) / "settings.json").is_file():
+            raise UserError(f"--resume finds no run in {s.out}: start it without --resume, in a new --out")
+        saved = read_json(Path(s.out) / "settings.json")
+        for name, value in dataclasses.asdict(s).items():
+            if name not in MAY_CHANGE and value != saved.get(name):
+                raise UserError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} and is now {value}: "
+                                "a run goes on with the settings it began with")
+        return Path(s.out)
+    out = Path(s.out or next(f"out/run-{k}" for k in itertools.count(1) if not Path(f"out/run-{k}").exists()))
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is in use: name a new directory, or go on with --resume")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "settings.json", dataclasses.asdict(s))
+    except OSError as error:
+        raise UserError(f"cannot make the directory --out {out}: {error.strerror}") from None
     return out
 
 
 def main(argv=None):
     try:
-        run(parse_settings(argv))
+        s = parse_settings(argv)
+        solve(s) if s.solve else run(s)
     except UserError as error:
         print(f"bcr.py: error: {error}", file=sys.stderr)
         sys.exit(2)

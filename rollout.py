@@ -79,13 +79,14 @@ class Prefix:
 
 @torch.no_grad()
 def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
-             prompt_keys=None, rows=256, on_finished=lambda count: None):
+             prompt_keys=None, rows=256, on_finished=lambda row, tokens, truncated: None):
     """Samples `samples` completions of each prompt, of at most `budget` tokens each.
 
     prompts: P lists of token ids. prompt_keys: P integers that stand for the prompts in the random
     stream (default 0..P-1; a process that has a part of the prompts passes their numbers in the
     whole). temperature 0 takes the likeliest token, and reports its logprob at temperature 1.
-    rows: how many completions are in the cache at a time. on_finished(count): called as rows end.
+    rows: how many completions are in the cache at a time. on_finished(row, tokens, truncated): called
+    as soon as a completion ends; row counts in the order of the Rollout.
     Returns a Rollout. Raises UserError if a prompt and the budget exceed the model's positions.
     """
     device, limit = model.device, model.config.max_position_embeddings
@@ -158,7 +159,8 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             for row in done.nonzero()[0]:
                 length = int(count[row])
                 finished[job[row]] = (tokens[row, :length].to("cpu", copy=True),
-                                      logprobs[row, :length].to("cpu", copy=True), not ended[row])
+                                      logprobs[row, :length].to("cpu", copy=True), not ended[row].item())
+                on_finished(int(job[row]), finished[job[row]][0].tolist(), finished[job[row]][2])
             kept = n - done.sum()
             holes = done[:kept].nonzero()[0]
             movers = kept + (~done[kept:]).nonzero()[0]
@@ -168,13 +170,12 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
                     kv[:, holes, :, :filled] = kv[:, movers, :, :filled]
                 for state in (noise, tokens, logprobs, last, position, count, job, reach):
                     state[holes] = state[movers]
-            on_finished(int(done.sum()))
             n = int(kept)
 
     lengths = torch.tensor([len(row[0]) for row in finished])
     out = Rollout(torch.zeros(len(finished), int(lengths.max()), dtype=torch.int64),
                   torch.zeros(len(finished), int(lengths.max())), lengths,
-                  torch.tensor([bool(row[2]) for row in finished]))
+                  torch.tensor([row[2] for row in finished]))
     for i, (ids, logp, _) in enumerate(finished):
         out.tokens[i, :len(ids)], out.logprobs[i, :len(ids)] = ids, logp
     return out

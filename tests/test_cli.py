@@ -43,8 +43,8 @@ def test_a_run_writes_all_that_it_promises(finished):
     out, done = finished
     results = json.loads((out / "results.json").read_text())
     for stage in ("before", "after"):
-        assert list(results[stage]) == ["1", "4"]
-        for n, row in results[stage].items():
+        assert list(results[stage]["heldout"]) == ["1", "4"]
+        for n, row in results[stage]["heldout"].items():
             low, high = row["accuracy_ci95"]
             assert 0 <= low <= row["accuracy"] <= high <= 1 and row["problems"] == 16
             assert 10 < row["tokens_per_problem"] < 200 and row["loops_per_problem"] >= 0
@@ -64,11 +64,14 @@ def test_the_table_shows_what_results_json_holds(finished):
     """A table of other numbers than the file's, or no table on a pipe."""
     out, done = finished
     results = json.loads((out / "results.json").read_text())
-    rows = {line.split("|")[0].strip(): line for line in done.stdout.splitlines() if "|" in line}
+    rows = {tuple(line.split("|")[0].split()): line.split("|") for line in done.stdout.splitlines() if "|" in line}
     for n in ("1", "4"):
-        for stage in ("before", "after"):
-            assert f"{results[stage][n]['tokens_per_problem']:.1f}" in rows[n]
-            assert f"{100 * results[stage][n]['accuracy']:.1f}" in rows[n]
+        row, (before, after, change) = rows["heldout", n], (results[key]["heldout"][n] for key in ("before", "after", "change"))
+        assert row[3].split() == [f"{before['tokens_per_problem']:.1f}", f"{after['tokens_per_problem']:.1f}", f"{change['tokens']:+.1%}"]
+        assert row[1].split()[:3] == [f"{100 * before['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", f"{100 * change['accuracy']:+.1f}"]
+        assert change["accuracy"] == pytest.approx(after["accuracy"] - before["accuracy"])
+        assert change["tokens"] == pytest.approx(after["tokens_per_problem"] / before["tokens_per_problem"] - 1)
+        assert change["accuracy_ci95"][0] <= change["accuracy"] <= change["accuracy_ci95"][1]
     assert done.stderr == ""  # no progress bar where there is no terminal
 
 
@@ -210,7 +213,17 @@ BAD_USE = {
     "device": (["--device", "abacus"], "--device"),
     "dtype": (["--dtype", "int8"], "--dtype"),
     "resume without out": (["--resume"], "--out"),
-    "resume nothing": (["--resume", "--out", "empty"], "no checkpoint"),
+    "resume nothing": (["--resume", "--out", "empty"], "no run"),
+    "no such model on the Hub": (["--model", "nobody/nothing"], "nobody/nothing"),
+    "two files of one name": (["--eval-data", "one.jsonl,./one.jsonl"], "one"),
+    "eval budgets": (["--eval-n", "1,2,4", "--eval-budget", "10,20"], "--eval-budget"),
+    "eval temperature": (["--eval-temperature", "hot"], "--eval-temperature"),
+    "no reward file": (["--reward", "nowhere.py"], "nowhere.py"),
+    "a reward file without score": (["--reward", "empty.py"], "score"),
+    "a broken reward file": (["--reward", "one.jsonl"], "one.jsonl"),
+    "solve with two N": (["--solve", "one.jsonl", "--n", "1,2"], "--n"),
+    "solve nothing": (["--solve", "empty.jsonl"], "no problems"),
+
     "out is a file": (["--out", "one.jsonl"], "in use"),
     "out below a file": (["--out", "one.jsonl/out"], "--out"),
 }
@@ -221,7 +234,9 @@ def test_a_users_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, name):
     """Tracebacks, or a run that starts in spite of a mistake and fails an hour later."""
     arguments, named = BAD_USE[name]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty.py").write_text("\n")
     (tmp_path / "one.jsonl").write_text(GOOD)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SystemExit) as exit:
