@@ -571,8 +571,9 @@ def evaluate(model, chat, name, problems, n, s, path, title, score=score):
 
 def change(before, after):
     """From the records of the same prompts before and after training: the change of the accuracy
-    and of the tokens (as a share), each with a 95% interval, prompt against prompt. One prompt
-    alone has no interval (None)."""
+    and of the tokens (as a share), each with a 95% interval, prompt against prompt. That of the
+    accuracy counts two prompts more, as Agresti and Min (2005) do for matched pairs: where no
+    answer changed, the truth may yet have. The tokens of one prompt have none."""
 
     def of_prompts(records, key):  # (P,): what each prompt adds to the sum
         return np.array([np.nansum(np.array(r[key], float)) for r in records]).reshape(records[-1]["prompt"] + 1, -1).sum(axis=1)
@@ -585,7 +586,8 @@ def change(before, after):
     right = (of_prompts(after, "correct") - of_prompts(before, "correct")) * (after[-1]["prompt"] + 1) / answers
     then, now = of_prompts(before, "tokens"), of_prompts(after, "tokens")
     ratio = now.mean() / then.mean()
-    return {"accuracy": right.mean(), "accuracy_ci95": interval(right.mean(), right), "tokens": ratio - 1,
+    smoothed = np.append(right, [math.sqrt(0.5), -math.sqrt(0.5)])
+    return {"accuracy": right.mean(), "accuracy_ci95": interval(smoothed.mean(), smoothed), "tokens": ratio - 1,
             "tokens_ci95": interval(ratio - 1, (now - ratio * then) / then.mean())}  # a ratio, to first order
 
 
@@ -623,8 +625,8 @@ def table(results):
                 if changes:
                     text = ""
                     if moved and key == "accuracy":
-                        half = f" ±{50 * (moved['accuracy_ci95'][1] - moved['accuracy_ci95'][0]):.1f}" if moved["accuracy_ci95"] else ""
-                        text = f"{100 * moved['accuracy']:+.1f}" + half
+                        low, high = moved["accuracy_ci95"]
+                        text = f"{100 * moved['accuracy']:+.1f} ±{50 * (high - low):.1f}"
                     elif moved:
                         text = f"{moved['tokens']:+.1%}"
                     line += f" {text:>12}"

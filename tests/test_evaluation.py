@@ -73,9 +73,11 @@ def test_the_change_is_between_the_same_prompts():
     moved = change(before, after)
     assert moved["accuracy"] == pytest.approx(np.mean(easy | (np.arange(200) < 10)) - easy.mean())
     low, high = moved["accuracy_ci95"]
-    assert low < moved["accuracy"] < high and high - low < 0.06  # unpaired: 0.2
+    assert low < moved["accuracy"] < high and high - low < 0.08  # unpaired: 0.2
     assert moved["tokens"] == pytest.approx(-0.5) and moved["tokens_ci95"] == pytest.approx([-0.5, -0.5])
-    assert change(before[:1], after[:1])["accuracy_ci95"] is None
+    low, high = change(before[:20], before[:20])["accuracy_ci95"]
+    assert low < -0.05 and high > 0.05  # twenty equal answers do not prove that nothing changed
+    assert change(before[:1], after[:1])["tokens_ci95"] is None
 
 
 def test_accuracy_in_budget_is_what_sampling_with_that_budget_gives(shipped, tmp_path):
