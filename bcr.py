@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from model import Transformer, UserError, read_json
 from reward import extract_answers, score
-from rollout import generate
+from rollout import Past, generate, prefill
 
 HERE = Path(__file__).resolve().parent
 
@@ -378,22 +378,24 @@ def advantages_of(rewards, normalize_std=False):
 # Loss
 
 
-def token_logprobs(model, prompts, completions, temperature, chunk=4096):
+def token_logprobs(model, prefix, prompts, owners, completions, temperature, chunk=4096):
     """Log-probabilities of the completions' tokens, one after the other: float32 (M,), M being
-    the sum of their lengths. prompts, completions: B lists of token ids.
+    the sum of their lengths. completions: B lists of token ids; owners: (B,), the number of the
+    prompt of each; prefix: what `prefill` says of the prompts.
 
     Every sampled token counts, EOS too, for stopping is an action. The head and the softmax run
     over `chunk` tokens at a time and are computed again in the backward pass: logits for all
     tokens at once, (B, T, V), are what large vocabularies run out of memory on."""
-    longest = max(len(p) + len(c) for p, c in zip(prompts, completions))
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    predicts = torch.zeros(len(prompts), longest - 1, dtype=torch.bool)  # True where a completion token comes next
-    for row, (p, c) in enumerate(zip(prompts, completions)):
-        tokens[row, : len(p) + len(c)] = torch.tensor(p + c)
-        predicts[row, len(p) - 1 : len(p) + len(c) - 1] = True
-    tokens, predicts = tokens.to(model.device), predicts.to(model.device)
-    hidden = model.hidden(tokens[:, :-1])[predicts]  # (M, C)
-    targets = tokens[:, 1:][predicts]  # (M,)
+    longest = max(map(len, completions))
+    tokens = torch.zeros(len(completions), longest, dtype=torch.int64)
+    for row, (owner, completion) in enumerate(zip(owners, completions)):
+        tokens[row, : len(completion)] = torch.tensor([prompts[owner][-1], *completion[:-1]])
+    starts = torch.tensor([len(prompts[owner]) - 1 for owner in owners], device=model.device)  # (B,)
+    positions = starts[:, None] + torch.arange(longest, device=model.device)
+    sampled = torch.arange(longest) < torch.tensor([[len(completion)] for completion in completions])  # (B, T)
+    past = Past(prefix, torch.tensor(owners, device=model.device), starts, longest)
+    hidden = model.hidden(tokens.to(model.device), positions, past)[sampled.to(model.device)]  # (M, C)
+    targets = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (M,)
 
     def of_chunk(hidden, targets):
         logits = model.head(hidden).float() / temperature  # (chunk, V)
@@ -426,30 +428,43 @@ def micro_batches(lengths, micro_tokens):
         yield batch
 
 
-def accumulate_gradient(model, master, prompts, completions, sampled, advantages, constant, s):
-    """Adds the gradient of the loss of these rows to master[i].grad. prompts, completions: lists of
-    token ids; sampled: the sampler's logprobs, a list of (length,) tensors; advantages: one a row.
+def accumulate_gradient(model, master, prompts, owners, completions, sampled, advantages, constant, s):
+    """Adds the gradient of the loss of these rows to master[i].grad. prompts: P lists of token ids;
+    for each of B rows its prompt's number (owners), token ids (completions), the sampler's logprobs
+    (sampled, tensors of its length) and its advantage.
 
     The loss of a micro-batch is a sum divided by the one `constant` (P * G * budget, the most
     tokens that the step could have sampled), so its gradients add up to those of the whole:
-    nothing depends on how the rows were split. Returns the loss and the gaps |logprob here -
-    logprob in the sampler|, mean and largest: 0 but for rounding."""
+    nothing depends on how the rows were split. A prompt is computed once for all its rows: its
+    keys and values gather the gradients of the rows, and pass them on at the end. Returns the loss
+    and the gaps |logprob here - logprob in the sampler|, mean and largest: 0 but for rounding."""
+
+    def gather():  # bfloat16 gradients are summed in float32
+        for ours, computed in zip(master, model.parameters()):
+            if ours is not computed and computed.grad is not None:
+                ours.grad = computed.grad.float() if ours.grad is None else ours.grad + computed.grad
+                computed.grad = None
+
     total, gaps = 0.0, []
-    lengths = np.array([len(p) + len(c) for p, c in zip(prompts, completions)])
-    for rows in micro_batches(lengths, s.micro_tokens):
-        logprobs = token_logprobs(model, [prompts[r] for r in rows], [completions[r] for r in rows], s.temperature)
+    with torch.no_grad():
+        prefix = prefill(model, prompts)
+    shared = [kv.requires_grad_() for kv in prefix.k + prefix.v]  # (P, K, T, D) each
+    for rows in micro_batches(np.array(list(map(len, completions))), s.micro_tokens):
+        logprobs = token_logprobs(model, prefix, prompts, [owners[r] for r in rows], [completions[r] for r in rows], s.temperature)
         behaviour = torch.cat([sampled[r] for r in rows]).to(model.device)
         spread = torch.cat([torch.full((len(completions[r]),), advantages[r]) for r in rows]).to(model.device)
         # One update a rollout is on-policy: the ratio is 1, its gradient that of the logprob.
         old = behaviour if s.updates > 1 else logprobs.detach()
         loss = policy_loss(logprobs, old, spread, constant, s.clip_low, s.clip_high)
         loss.backward()
-        for ours, computed in zip(master, model.parameters()):
-            if ours is not computed:  # bfloat16 gradients are summed in float32
-                ours.grad = computed.grad.float() if ours.grad is None else ours.grad + computed.grad
-                computed.grad = None
+        gather()
         total += loss.item()
         gaps.append((logprobs.detach() - behaviour).abs())
+    for rows in micro_batches(np.array(list(map(len, prompts))), s.micro_tokens):  # the chain rule, through the prompts
+        part = prefill(model, [prompts[p] for p in rows])
+        if (length := part.k[0].shape[2]):
+            torch.autograd.backward(part.k + part.v, [kv.grad[rows, :, :length] for kv in shared])
+            gather()
     gaps = torch.cat(gaps)
     return total, gaps.mean().item(), gaps.max().item()
 
@@ -922,7 +937,7 @@ def run(s):
         loss = gap_mean = gap_max = grad_norm = 0.0
         for _ in range(s.updates if len(live) else 0):
             loss, gap_mean, gap_max = accumulate_gradient(
-                model, master, [prompts[r // s.samples] for r in live], [completions[r] for r in live],
+                model, master, prompts, [r // s.samples for r in live], [completions[r] for r in live],
                 [rollout.logprobs[r, : lengths[r]] for r in live], advantages.reshape(-1)[live],
                 constant=len(completions) * budget, s=s)
             grad_norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip).item()

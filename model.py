@@ -234,11 +234,13 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # all that this row has seen so far
-        if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        else:  # one token a row: heads that share a key/value head go in as its H/K queries, nothing is repeated
+        if T == 1 and mask is not None:  # heads that share a key/value head go in as its H/K queries: nothing is repeated
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
             y = y.reshape(B, -1, T, self.head_dim)
+        else:
+            shared = q.shape[1] // k.shape[1]
+            k, v = (k, v) if shared == 1 else (k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

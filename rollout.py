@@ -77,6 +77,23 @@ class Prefix:
         return k, v, None  # no mask: plain causal attention
 
 
+class Past:
+    """Stands in for a cache while completions are learned from: row r sees the first lengths[r] keys
+    and values of prompt owners[r] in `prefix`, then its own, up to `longest` tokens."""
+
+    def __init__(self, prefix, owners, lengths, longest):
+        self.prefix, self.owners = prefix, owners
+        own = torch.ones(longest, longest, dtype=torch.bool, device=owners.device).tril()
+        prompt = torch.arange(prefix.k[0].shape[2], device=owners.device) < lengths[:, None]  # (B, T)
+        seen = torch.cat((prompt[:, None].expand(-1, longest, -1), own.expand(len(owners), -1, -1)), dim=-1)
+        self.mask = torch.zeros(seen.shape, dtype=prefix.k[0].dtype, device=owners.device)
+        self.mask = self.mask.masked_fill_(~seen, -torch.inf)[:, None]  # (B, 1, longest, T + longest), added to the scores
+
+    def update(self, layer, k, v):
+        return (torch.cat((self.prefix.k[layer][self.owners], k), dim=2),
+                torch.cat((self.prefix.v[layer][self.owners], v), dim=2), self.mask)
+
+
 @torch.no_grad()
 def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
              prompt_keys=None, rows=256, on_finished=lambda row, tokens, truncated: None):
@@ -120,7 +137,10 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
                 while jobs and jobs[0][1]:
                     jobs.appendleft(taken.pop())
             fresh = sorted({p for p, _ in taken} - prefixes.keys())
-            prefixes |= prefill(model, [prompts[p] for p in fresh], fresh)
+            prefix = prefill(model, [prompts[p] for p in fresh])
+            for kv, layers in ((0, prefix.k), (1, prefix.v)):  # (L, K, T, D) of each prompt
+                for i, p in enumerate(fresh):
+                    prefixes.setdefault(p, [None, None])[kv] = torch.stack([of_layer[i, :, :len(prompts[p]) - 1] for of_layer in layers])
             free = slice(n, n + len(taken))
             for row, (p, _) in enumerate(taken, start=n):
                 for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
@@ -181,20 +201,18 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
     return out
 
 
-def prefill(model, prompts, names):
-    """Keys and values of all but the last token of each prompt (the sampler feeds that one), as
-    {name: (k, v)}, each (L, K, T, D). Padding stands on the right, where causal attention does
-    not see it."""
+def prefill(model, prompts):
+    """Keys and values of all but the last token of each prompt (whoever goes on from there feeds
+    that one), as a Prefix. Padding stands on the right, where causal attention does not see it."""
     longest = max((len(prompt) - 1 for prompt in prompts), default=0)
+    prefix = Prefix()
     if not longest:
-        empty = torch.zeros(model.config.num_hidden_layers, model.config.num_key_value_heads, 0,
-                            model.config.head_dim, dtype=model.dtype, device=model.device)
-        return {name: (empty, empty) for name in names}
+        empty = torch.zeros(len(prompts), model.config.num_key_value_heads, 0, model.config.head_dim,
+                            dtype=model.dtype, device=model.device)
+        prefix.k = prefix.v = [empty] * model.config.num_hidden_layers
+        return prefix
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-    prefix = Prefix()
     model.hidden(tokens.to(model.device), cache=prefix)
-    k, v = torch.stack(prefix.k), torch.stack(prefix.v)  # (L, P, K, T, D)
-    return {name: (k[:, i, :, :len(prompt) - 1], v[:, i, :, :len(prompt) - 1])
-            for i, (name, prompt) in enumerate(zip(names, prompts))}
+    return prefix

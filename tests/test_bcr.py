@@ -11,6 +11,7 @@ from bcr import (Settings, accumulate_gradient, advantages_of, check, draw_group
                  load_chat, load_problems, policy_loss, token_logprobs)
 from conftest import TINY, random_model
 from model import UserError
+from rollout import prefill
 
 # ----------------------------------------------------------------------------------------------
 # Groups
@@ -160,12 +161,14 @@ def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
 
 @pytest.fixture
 def batch():
-    """Five rows for a small model: prompts, completions (EOS is 0), sampler logprobs, advantages."""
+    """Five rows of four prompts for a small model: prompts, each row's prompt, completions (EOS is 0),
+    sampler logprobs, advantages. One prompt has no rows, one has two."""
     torch.manual_seed(1)
     prompts = [torch.randint(2, 64, (length,)).tolist() for length in (3, 9, 5, 1, 7)]
+    owners = [0, 1, 1, 3, 4]
     completions = [torch.randint(2, 64, (length,)).tolist() + [0] for length in (20, 3, 40, 11, 1)]
     sampled = [torch.full((len(c),), -2.0) for c in completions]
-    return prompts, completions, sampled, np.array([0.5, -0.25, 0.25, -0.75, 0.25])
+    return prompts, owners, completions, sampled, np.array([0.5, -0.25, 0.25, -0.75, 0.25])
 
 
 def gradients(batch, **changes):
@@ -191,7 +194,7 @@ def test_more_than_one_update_clips_against_the_sampler():
     clipped. These tokens are already far likelier than when they were sampled: nothing is left to push."""
     for updates in (1, 2):
         model = random_model()
-        accumulate_gradient(model, list(model.parameters()), [[5, 6]], [[7, 8, 0]], [torch.full((3,), -50.0)],
+        accumulate_gradient(model, list(model.parameters()), [[5, 6]], [0], [[7, 8, 0]], [torch.full((3,), -50.0)],
                             np.array([1.0]), constant=1, s=Settings(updates=updates))
         pushed = any(p.grad is not None and p.grad.any() for p in model.parameters())
         assert pushed == (updates == 1)
@@ -205,24 +208,44 @@ def test_micro_batches_hold_every_row_once_and_keep_their_size():
     assert all(len(part) * lengths[part].max() <= 100 for part in parts if len(part) > 1)
 
 
-def test_logprobs_are_those_of_the_whole_softmax(batch):
-    """A shift by one, prompt tokens in the loss, a missing temperature, or a chunk's boundary."""
-    prompts, completions, _, _ = batch
-    model = random_model()
-    expected = []
-    for p, c in zip(prompts, completions):
-        logits = model(torch.tensor([p + c]))[0, len(p) - 1 : -1] / 0.8
-        expected.append(torch.log_softmax(logits, -1)[range(len(c)), c])
+def whole_logprobs(model, prompt, completion, temperature):
+    """The textbook way: one forward pass over the whole row, one softmax over all its logits."""
+    logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1)[range(len(completion)), completion]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_logprobs_are_those_of_the_whole_softmax(batch, family):
+    """A shift by one, prompt tokens in the loss, a missing temperature, a chunk's boundary, a row
+    that sees another row's prompt or its padding."""
+    prompts, owners, completions, _, _ = batch
+    model = random_model(family)
+    expected = [whole_logprobs(model, prompts[p], c, 0.8) for p, c in zip(owners, completions)]
     for chunk in (7, 4096):
-        torch.testing.assert_close(token_logprobs(model, prompts, completions, 0.8, chunk), torch.cat(expected),
-                                   atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(token_logprobs(model, prefill(model, prompts), prompts, owners, completions, 0.8, chunk),
+                                   torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_gradient_is_that_of_whole_rows(batch, family):
+    """Prompts that are computed once must still learn: their part of the gradient comes through
+    their keys and values, from all their rows."""
+    prompts, owners, completions, _, advantages = batch
+    model = random_model(family)
+    rows = [whole_logprobs(model, prompts[p], c, 1.0).sum() * a for p, c, a in zip(owners, completions, advantages)]
+    (-sum(rows) / 1000).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    accumulate_gradient(model, list(model.parameters()), *batch, constant=1000, s=Settings(micro_tokens=60))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_eos_gets_a_gradient(batch):
     """EOS masked as padding: the model would never learn to stop. With an advantage on a completion
     that is EOS alone, the gradient must reach EOS's own row of the head."""
     model = random_model("llama", tie_word_embeddings=False)
-    accumulate_gradient(model, list(model.parameters()), [[5, 6]], [[0]], [torch.zeros(1)], np.array([1.0]),
+    accumulate_gradient(model, list(model.parameters()), [[5, 6]], [0], [[0]], [torch.zeros(1)], np.array([1.0]),
                         constant=1, s=Settings())
     gradient = model.lm_head.weight.grad.norm(dim=1)
     assert gradient[0] > 0.1 * gradient.sum()  # pushing EOS up pushes all others down
