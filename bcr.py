@@ -378,14 +378,14 @@ def advantages_of(rewards, normalize_std=False):
 # Loss
 
 
-def token_logprobs(model, prefix, prompts, owners, completions, temperature, chunk=4096):
+def token_logprobs(model, prefix, prompts, owners, completions, temperature, logits=2**26):
     """Log-probabilities of the completions' tokens, one after the other: float32 (M,), M being
     the sum of their lengths. completions: B lists of token ids; owners: (B,), the number of the
     prompt of each; prefix: what `prefill` says of the prompts.
 
     Every sampled token counts, EOS too, for stopping is an action. The head and the softmax run
-    over `chunk` tokens at a time and are computed again in the backward pass: logits for all
-    tokens at once, (B, T, V), are what large vocabularies run out of memory on."""
+    over as many tokens at a time as have `logits` logits, and are computed again in the backward
+    pass: logits for all tokens at once, (B, T, V), are what large vocabularies run out of memory on."""
     longest = max(map(len, completions))
     tokens = torch.zeros(len(completions), longest, dtype=torch.int64)
     for row, (owner, completion) in enumerate(zip(owners, completions)):
@@ -401,6 +401,7 @@ def token_logprobs(model, prefix, prompts, owners, completions, temperature, chu
         logits = model.head(hidden).float() / temperature  # (chunk, V)
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
+    chunk = max(1, logits // model.config.vocab_size)
     return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False)
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 

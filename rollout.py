@@ -160,7 +160,7 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
         hidden = model.hidden(last[:n, None], position[:n, None], at)[:, 0]  # (n, C)
         logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
         if temperature:
-            cdf = logp.double().exp().cumsum(-1)
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = noise[:n].gather(1, count[:n, None]) * cdf[:, -1:]  # the sum is 1 but for rounding
             token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
         else:
