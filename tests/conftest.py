@@ -11,8 +11,13 @@ sys.path.insert(0, str(REPO))
 
 from bcr import load_chat  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from smollm2 import Unreachable, smollm2_directory  # noqa: E402
 
 TINY = REPO / "data" / "tiny"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: takes seconds, runs all the same; leave it out with -m "not slow"')
 
 
 def random_model(kind="qwen3", seed=0, **changes):
@@ -30,3 +35,12 @@ def random_model(kind="qwen3", seed=0, **changes):
 def shipped():
     """The shipped model and its tokenizer side."""
     return Transformer.from_pretrained(TINY / "model"), load_chat(TINY / "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Directory of a real chat model, SmolLM2-135M-Instruct. Tests do not write into it."""
+    try:
+        return smollm2_directory()
+    except Unreachable as reason:
+        pytest.skip(f"no real chat model: {reason}")
