@@ -40,6 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 import torch
@@ -275,10 +277,13 @@ def load_chat(path):
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"cannot read {path / 'tokenizer.json'}: {error}") from None
+    tokenizer.no_truncation()  # the file may hold either, from the last time that somebody used it
+    tokenizer.no_padding()
     settings = {name: read_json(path / name) if (path / name).is_file() else {}
                 for name in ("config.json", "generation_config.json", "tokenizer_config.json")}
     special = {name: token.get("content") if isinstance(token, dict) else token  # an AddedToken is a dict
                for name, token in settings["tokenizer_config.json"].items() if name.endswith("_token")}
+    special = {name: token for name, token in special.items() if isinstance(token, str)}  # not null, not add_bos_token
     eos_ids = {tokenizer.token_to_id(special.get("eos_token") or "")}
     for name in ("config.json", "generation_config.json"):
         ids = settings[name].get("eos_token_id")
@@ -286,15 +291,26 @@ def load_chat(path):
     if not (eos_ids := sorted(eos_ids - {None})):
         raise UserError(f"{path} names no eos_token: a completion could not end")
     source = settings["tokenizer_config.json"].get("chat_template")
-    if (path / "chat_template.jinja").is_file():
-        source = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(source, list):  # several named templates
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
     try:
+        if (path / "chat_template.jinja").is_file():
+            source = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(source, list):  # several named templates
+            source = next((t["template"] for t in source if t.get("name") == "default"), None)
         template = chat_environment().from_string(source) if source else None
-    except jinja2.TemplateError as error:
+    except Exception as error:  # jinja2's own, or Python's for what is no text
         raise UserError(f"the chat template in {path} is not valid: {error}") from None
     return Chat(path, tokenizer, template, special, eos_ids)
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks what the assistant says, for those who train on
+    given answers. In a prompt it is its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
 
 def chat_environment():
@@ -305,8 +321,9 @@ def chat_environment():
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: time.strftime(format)
     return environment
@@ -317,9 +334,9 @@ def encode_chat(chat, message):
     if chat.template is None:
         return chat.tokenizer.encode(message + "\n\n").ids
     try:
-        text = chat.template.render(messages=[{"role": "user", "content": message}],
+        text = chat.template.render(messages=[{"role": "user", "content": message}], tools=None, documents=None,
                                     add_generation_prompt=True, **chat.special)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise UserError(f"the model's chat template fails: {error}") from None
     return chat.tokenizer.encode(text, add_special_tokens=False).ids  # the template has written them
 
