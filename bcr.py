@@ -101,8 +101,9 @@ class Settings:
     # The machine
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on cuda; master weights are float32 always")
-    rows: int = flag(256, "completions sampled at a time: what the key/value cache has room for")
-    micro_tokens: int = flag(16384, "tokens, padding included, in one forward and backward pass")
+    rows: int = flag(256, "completions sampled at a time: what the key/value cache has room for; halved when memory runs out")
+    micro_tokens: int = flag(16384, "tokens, padding included, in one forward and backward pass; halved when memory runs out")
+    checkpointing: bool = flag(False, "compute activations twice instead of keeping them; on by itself when memory runs out")
 
 
 def parse_settings(argv):
@@ -487,6 +488,37 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
     return total, gaps.mean().item(), gaps.max().item()
 
 
+def with_less_memory(work, shrink):
+    """Returns work(). Where memory runs out, shrink() asks for less of it and says so in a sentence,
+    and the work is done again; an empty sentence means that there is nothing left to shrink."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:  # CUDA's own kind, or the CPU allocator's message
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        if not (done := shrink()):
+            raise UserError("memory runs out even for one row at a time: lower --budget, or take a smaller model or a larger machine")
+        print(f"memory ran out: {done}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def fewer_rows(s):
+    s.rows //= 2
+    return f"going on with --rows {s.rows}" if s.rows else ""
+
+
+def smaller_passes(model, master, s):
+    for weight in [*master, *model.parameters()]:
+        weight.grad = None
+    if not model.checkpointing:
+        model.checkpointing = True
+        return "going on with --checkpointing"
+    s.micro_tokens //= 2
+    return f"going on with --micro-tokens {s.micro_tokens}" if s.micro_tokens else ""
+
+
 # ----------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -536,27 +568,31 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
             records[record["prompt"], record["sample"]] = record
     path.parent.mkdir(exist_ok=True)
     write_lines(path, records.values())
-    missing = [p for p in range(len(groups)) if any((p, g) not in records for g in range(samples))]
     with progress(total, title) as bar, open(path, "a", encoding="utf-8") as file:
         bar.update(len(records))
 
-        def keep(row, ids, truncated):
-            nonlocal told
-            p, g = missing[row // samples], row % samples
-            text = decode(chat, [ids])[0]
-            records[p, g] = {"prompt": p, "sample": g, "problems": [problems[i]["id"] for i in groups[p]],
-                             "tokens": len(ids), "truncated": truncated, **mark(p, ids, text), "completion": text}
-            file.write(json.dumps(records[p, g]) + "\n")
-            file.flush()
-            bar.update()
-            if bar.disable and time.time() - told > 60:
-                told = time.time()
-                print(f"{title}: {len(records)} of {total} completions", flush=True)
+        def sample_missing():
+            missing = [p for p in range(len(groups)) if any((p, g) not in records for g in range(samples))]
 
-        if missing:
-            prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
-            generate(model, prompts, samples, budget, eos_ids=chat.eos_ids, temperature=temperature, seed=s.seed,
-                     step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=s.rows, on_finished=keep)
+            def keep(row, ids, truncated):
+                nonlocal told
+                p, g = missing[row // samples], row % samples
+                text = decode(chat, [ids])[0]
+                records[p, g] = {"prompt": p, "sample": g, "problems": [problems[i]["id"] for i in groups[p]],
+                                 "tokens": len(ids), "truncated": truncated, **mark(p, ids, text), "completion": text}
+                file.write(json.dumps(records[p, g]) + "\n")
+                file.flush()
+                bar.update()
+                if bar.disable and time.time() - told > 60:
+                    told = time.time()
+                    print(f"{title}: {len(records)} of {total} completions", flush=True)
+
+            if missing:
+                prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
+                generate(model, prompts, samples, budget, eos_ids=chat.eos_ids, temperature=temperature, seed=s.seed,
+                         step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=s.rows, on_finished=keep)
+
+        with_less_memory(sample_missing, lambda: fewer_rows(s))
     records = [records[key] for key in sorted(records)]
     write_lines(path, records)
     return records
@@ -772,7 +808,7 @@ def solve(s):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens"}  # when a run goes on
+MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens", "checkpointing"}  # when a run goes on
 
 
 def write_text(path, text):
@@ -850,6 +886,7 @@ def load(s):
     if chat.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise UserError(f"the tokenizer in {s.model} has {chat.tokenizer.get_vocab_size()} tokens, but the model "
                         f"only {model.config.vocab_size}: the two do not belong together")
+    model.checkpointing = s.checkpointing
     parameters = sum(p.numel() for p in model.parameters())
     return model, chat, f"{os.path.relpath(chat.path)}: {parameters / 1e6:.2f}M parameters, {dtype} on {device}"
 
@@ -935,8 +972,9 @@ def run(s):
 
         # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
         clock = time.time()
-        rollout = generate(model, prompts, s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature,
-                           seed=s.seed, step=step, rows=s.rows)
+        rollout = with_less_memory(lambda: generate(
+            model, prompts, s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature, seed=s.seed, step=step,
+            rows=s.rows), lambda: fewer_rows(s))
         sampling_seconds = time.time() - clock
         lengths = rollout.lengths.numpy()  # (R,)
         completions = [row[:length].tolist() for row, length in zip(rollout.tokens, lengths)]
@@ -954,10 +992,10 @@ def run(s):
         live = np.flatnonzero(advantages.reshape(-1))
         loss = gap_mean = gap_max = grad_norm = 0.0
         for _ in range(s.updates if len(live) else 0):
-            loss, gap_mean, gap_max = accumulate_gradient(
+            loss, gap_mean, gap_max = with_less_memory(lambda: accumulate_gradient(
                 model, master, prompts, [r // s.samples for r in live], [completions[r] for r in live],
                 [rollout.logprobs[r, : lengths[r]] for r in live], advantages.reshape(-1)[live],
-                constant=len(completions) * budget, s=s)
+                constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
             grad_norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip).item()
             optimizer.step()
             optimizer.zero_grad()

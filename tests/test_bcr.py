@@ -227,7 +227,8 @@ def test_logprobs_are_those_of_the_whole_softmax(batch, family):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_the_gradient_is_that_of_whole_rows(batch, family):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_is_that_of_whole_rows(batch, family, checkpointing):
     """Prompts that are computed once must still learn: their part of the gradient comes through
     their keys and values, from all their rows."""
     prompts, owners, completions, _, advantages = batch
@@ -236,6 +237,7 @@ def test_the_gradient_is_that_of_whole_rows(batch, family):
     (-sum(rows) / 1000).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    model.checkpointing = checkpointing
     accumulate_gradient(model, list(model.parameters()), *batch, constant=1000, s=Settings(micro_tokens=60))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
