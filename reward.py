@@ -1,42 +1,38 @@
 """The reward of Batched Contextual Reinforcement: which of N problems a completion answers correctly.
 
-    extract_answers(completion, n)      what the completion answers to problem 1, ..., n
-    answers_equal(prediction, gold)     whether an answer is worth the gold one
-    score(completion, golds)            both together: one bool a problem
-
-An answer is cleaned (one spelling for each thing), parsed (into lists, tuples, intervals, equations and
-leaves, whose values are computed) and compared (fractions exactly, other numbers to 1e-9, text as text).
-Nothing here raises, whatever it is given, and whatever could grow is bounded before it is computed.
+An answer is cleaned (one spelling for each thing), parsed (into lists, intervals, equations and leaves, with
+their values) and compared (fractions exactly, other numbers to 1e-9, text as text). Nothing here raises,
+whatever it is given, and whatever could grow is bounded before it is computed.
 """
 
 import cmath
 import math
+import operator
 import re
 import unicodedata
 import zlib
 from fractions import Fraction
-from itertools import accumulate
+from typing import NamedTuple
 
 MAX_LENGTH = 500     # characters of an answer; a longer one equals only itself
+MAX_DEPTH = 30       # brackets and commands within each other
+MAX_BITS = 2048      # size of a number: numerator and denominator together
+MAX_FACTORIAL = 200
+MAX_WORK = 500       # steps of reading an answer; one with a large number counts as several
+MAX_ITEMS = 30       # items of a list that may stand in any order
 MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
 MAX_TRIES = 8        # boxes of one problem, counted from its last
-MAX_DEPTH = 30       # brackets within brackets
-MAX_COMMANDS = 100   # LaTeX commands of one answer, which may nest without brackets
-MAX_PARTS = 64       # signs that part an answer into items, cells or sides
-MAX_BITS = 4096      # size of a numerator or a denominator
-MAX_FACTORIAL = 500
+LABEL_REACH = 1000   # characters between a label and its box
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Extract: a completion is a row of headers `### Problem i`, labels `Answer i:` and boxes.
 # Each pattern begins with a fixed word: so 400,000 characters are searched in a millisecond.
 
-INDEX = r"[ \t*_#(]{0,4}([0-9]{1,99}|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
+INDEX = r"[ \t*_#(]{0,4}(?:([0-9]{1,99})|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
 HEADER = re.compile(r"roblem" + INDEX)
 HEADER_START = re.compile(r"\n[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
 LABEL = re.compile(r"nswer(?:[ \t](?:to|for))?(?:[ \t][Pp]roblem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
 BOX = re.compile(r"box(?:(?<=\\fbox)|ed(?<=\\boxed))(?![a-z])\s{0,9}")
-MARKS = ((HEADER, "roblem"), (LABEL, "nswer"), (BOX, "box"))
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 UNBRACED = re.compile(r"\\[A-Za-z]+[^\s$]*|[^\s$\\{}]+")
 MARKUP = re.compile(r"[\s$*_:>\\\[\](){}-]{0,100}")
@@ -49,50 +45,40 @@ def extract_answers(completion, n):
     A box labelled `Answer i:` belongs to i wherever it stands; another one serves the section it stands in;
     the last one counts. What follows `</think>` wins over what precedes it.
     """
-    answers = [None] * n if isinstance(n, int) else []
     text = completion if isinstance(completion, str) else ""
     text = text.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
     thinking, _, reply = text.rpartition("</think>")
-    for part in (thinking, reply):
-        for index, answer in _boxed_answers("\n" + part, n).items():
-            answers[index - 1] = answer
-    return answers
+    answers = _boxed_answers("\n" + thinking, n) | _boxed_answers("\n" + reply, n)
+    return [answers.get(index) for index in range(1, n + 1)] if isinstance(n, int) else []
 
 
 def _boxed_answers(text, n):
     """Return {index: answer} of one stretch of text."""
-    marks = [mark for pattern, word in MARKS
+    marks = [mark for pattern, word in ((HEADER, "roblem"), (LABEL, "nswer"), (BOX, "box"))
              for mark in pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
              if pattern is not HEADER or HEADER_START.search(text, max(0, mark.start() - 20), mark.start())]
     section = int(n == 1 and all(mark.re is not HEADER for mark in marks))  # a lone problem needs no header
-    label, label_end, used = 0, None, False
+    label = label_end = -LABEL_REACH
     boxes = {}  # (index, labelled): where its boxes begin, in order
     for mark in sorted(marks, key=re.Match.start):
+        index = 0 if mark.re is BOX or mark[2] else int(mark[1] or 0)  # 0 also for i and for several problems
         if mark.re is HEADER:
-            section, label_end = _index(mark), None
+            section, label_end = index, -LABEL_REACH
         elif mark.re is LABEL:
-            label, label_end, used = _index(mark), mark.end(), False
-        else:
-            # A label owns the boxes of its line or, where that has none, the box that follows at once.
-            if label_end is not None and text.find("\n", label_end, mark.start()) >= 0:
-                if used or not MARKUP.fullmatch(text, label_end, mark.start()):
-                    label_end = None
-            owner = (section, False) if label_end is None else (label, True)
-            boxes.setdefault(owner, []).append(mark.end())
-            label_end, used = label_end and mark.end(), True
+            label, label_end = index, mark.end()
+        else:  # A label owns the boxes of its line or, where that has none, the box that follows at once.
+            between = text[max(label_end, mark.start() - LABEL_REACH):mark.start()]
+            near = len(between) < LABEL_REACH
+            labelled = near and ("\n" not in between or MARKUP.fullmatch(between) is not None)
+            boxes.setdefault((label if labelled else section, labelled), []).append(mark.end())
     answers = {}
     for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second: they win
-        contents = [_box(text, start) for start in starts[-MAX_TRIES:] if 1 <= index <= n]
+        contents = [_box(text, start) for start in starts[-MAX_TRIES:]]
         contents = [content for content in contents if not PLACEHOLDER.fullmatch(content)]
         # The i of the prompt's `Answer i:` is an answer only where there is no other.
         if contents and (contents[-1] != "i" or index not in answers):
             answers[index] = contents[-1]
     return answers
-
-
-def _index(mark):
-    """Return the number of a header or label, 0 where it names none or several problems."""
-    return int(mark[1]) if len(mark[1]) < 10 and mark[1] != "i" and not mark[2] else 0
 
 
 def _box(text, start):
@@ -108,49 +94,74 @@ def _box(text, start):
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Clean: one spelling for what LaTeX, Unicode and plain text spell in several ways.
 
-SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
-GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda")
-         for code in range(ord("α"), ord("ω") + 1)}
-SYMBOLS = {ord(letter): f"\\{name} " for letter, name in GREEK.items()}
+SYMBOLS = {code: f"\\{unicodedata.name(chr(code)).split()[-1].lower()} ".replace("lamda", "lambda")
+           for code in range(ord("α"), ord("ω") + 1)}
 SYMBOLS |= {ord(char): meaning for chars, meaning in {
     "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ", "≥⩾": r"\ge ",
-    "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ",
-    "∓": r"\mp ", "′’": "'", "€£¥": "", "\u200b\u200c\u200d\u2060\ufeff": "",
-}.items() for char in chars}
+    "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": ",", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′’": "'",
+    "€£¥\u200b\u200c\u200d\u2060\ufeff": ""}.items() for char in chars}
 COMMANDS = {"\\" + command: meaning for commands, meaning in {
-    "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits boxed fbox operatorname mathbb": "",
-    "$ ( ) [ ] !": "", ", ; : quad qquad": " ", "dfrac tfrac cfrac": r"\frac", "leq leqslant": r"\le",
-    "geq geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">", "approx": "=", "times cdot ast": "*", "div": "/",
-    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
-    "vert lvert rvert": "|", "varnothing": r"\emptyset", "%": "%", "degree": r"^\circ", "lg": r"\log_{10}",
-    "textbf textit textrm textsf textnormal mathrm mathbf mathit mathsf mbox": r"\text",
-}.items() for command in commands.split()} | {"\\ ": " "}
+    "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits boxed fbox operatorname": "",
+    "mathbb mathbf mathit mathsf mathcal bm boldsymbol ! ( ) [ ] $": "", ", ; : quad qquad": " ", "%": "%",
+    "text textbf textit textrm textsf textnormal mathrm mbox": r" \text", "dfrac tfrac cfrac": r"\frac",
+    "times cdot ast": "*", "div": "/", "lt": "<", "gt": ">", "approx": "=", "leq leqslant": r"\le",
+    "geq geqslant": r"\ge", "neq": r"\ne", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
+    "langle": "(", "rangle": ")", "vert lvert rvert mid": "|", "lfloor": r"\floor{", "lceil": r"\ceil{",
+    "rfloor rceil": "}", "cup lor land": ",", "varnothing": r"\emptyset", "degree": r"^\circ",
+}.items() for command in commands.split()}
+COMMANDS |= {"\\ ": " ", "~": " ", "$": "", "<=": r"\le ", ">=": r"\ge ", ":=": "=", "+/-": r"\pm "}
+
+
+def _matrix(match):
+    r"""\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} is spelled \matrix{(1,2),(3,4)}."""
+    rows = [f"({row.replace('&', ',')})" for row in match[2].split(r"\\") if row.strip()]
+    name = "matrix" if match[1].lower() in ("pmatrix", "bmatrix", "matrix", "array") else "determinant"
+    return f"\\{name}{{{','.join(rows)}}}"
 
 
 def _mixed(match):
     r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
-    whole, top, bottom = match[1], match[2] or match[3], match[4] or match[5]
+    whole, top, bottom = match.groups()
     return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
 
 
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
+FUNCTION = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
-    ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),                 # 1{,}234  10,\!080  1\,234
-    ("\\", r"\\(?:[A-Za-z]+|.)", lambda match: COMMANDS.get(match[0], match[0])),
-    ("\\text", r"\\text ?\{ ?([ei]) ?\}", r"\1"),
-    ("\\text", r"\\text ?\{[\s.,]*\}", ""),
-    ("$", r"\$", ""),
-    ("", r"[\s~]+", " "),
-    (" ", r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)",               # 1 234
+    # what a text must contain for the rule to be tried, pattern, replacement
+    ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),      # 1{,}234  10,\!080  1\,234
+    ("\\begin", r"\\begin ?\{([A-Za-z]*)\}(?:\{[lcr| ]*\})?((?s:.*?))\\end ?\{\1\}", _matrix),
+    ("", r"\\(?:[A-Za-z]+|.)|[$~]|[<>:]=|\+/-", lambda match: COMMANDS.get(match[0], match[0])),
+    ("", r"\s+", " "),
+    ("\\text", r" ?\\text ?\{ ?([ei]|[\d., -]*) ?\}|^[ {]*\\text ?\{([^{}]*)\}[ .}]*$", r"\1\2"),  # \text{5}
+    ("", r" ?\\text ?\{[ ,]*(?:and|or) ?\}|\b(?:and|or)\b", ","),
+    ("percent", r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
+    ("", r"\* ?(?=\\text)|(?<=\d)(?=(?:[cmk]m|[mk]g)\b)", " "),                # 5\cdot\text{cm}  5cm
+    (" ", r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)",      # 1 234
      lambda match: match[0].replace(" ", "")),
-    ("^", r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                                    # 4.5*10^33, not 2^12
-    ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("percent", r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),
-    ("\\frac", r"(?<![\d.^_}])(\d+) ?\\frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", _mixed),
-    ("/", r"(?<![\d.^_}/])(\d+) (\d+)()/(\d+)()(?![\d.])", _mixed),
-    (")", r"\)(?= ?\d)", ")*"),
+    ("°", r"°(?: ?[CF]\b)?", "°"),
+    ("circ", r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?[CF]\b)?", "°"),
+    ("prime", r" ?\^ ?(?:\{ ?\\prime ?\}|\\prime)", "'"),
+    ("^", r"\b10 ?\^ ?(-?\d{2,4})(?!\d)", r"10^{\1}"),                         # 4.5*10^33
+    ("^", r"\^ ?(\d)(?!\.\d)", r"^{\1}"),                                      # 2^12 is 2^1 2
+    ("\\", r"(\\(?:frac|binom|sqrt)) ?(\d)", r"\1{\2}"),
+    ("\\", r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", _mixed),
+    ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", _mixed),
+    ("\\over", r"\{?([^{}]*)\\over(?![a-z])([^{}]*)\}?", r"\\frac{\1}{\2}"),
+    ("\\sqrt", r"\\sqrt ?\[([^\[\]]*)\]", r"\\root{\1}"),
+    ("-1", r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1"),
+    ("|", r"\|([^|]*)\|", r"\\abs{\1}"),
+    (")", r"\)(?= ?\d)", ")*"),                                                # (n-2)2^n
+    ("_", r"_ ?(?:\{ ?(\w+) ?\}|\{ ?\\text ?\{ ?(\w+) ?\} ?\}|(\d+|[A-Za-z]))", r"_{\1\2\3}"),
+    ("_", r"\(([\dA-F]+)\)(?=_)", r"\1"),                                      # (52)_8
+    ("", rf"(?<!\\)(?<![A-Za-z][A-Za-z])(?:({FUNCTION})(?![A-Za-z]|$)|(pi)(?![A-Za-z]))", r"\\\1\2"),
+    ("inf", r"\\?\b(?:[Ii]nfinity|inf)\b", r"\\infty"),
+    ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                     # (C)  C.  C)
+    ("]", r"(^|,|\\in|=) ?\]", r"\1("), ("[", r"\[(?= ?,| ?$)", ")"),          # ]1,2[
+    (" ", r"(?<=\d) (?=\d)", "~"),                                             # 1 2 is not 12
 )]
 
 
@@ -159,8 +170,7 @@ def _clean(text):
     if PLAIN.fullmatch(text):  # most golds are
         return text
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: "^{" + power[0].translate(SMALL) + "}", text)
-        text = re.sub("[₀-₉]+", lambda index: "_{" + index[0].translate(SMALL) + "}", text)
+        text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text))
         text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub(r"√([0-9]+)", r"\\sqrt{\1}", text))  # 1½ is 1 1/2
         text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)[:MAX_LENGTH]
     for needs, pattern, meaning in RULES:
@@ -168,368 +178,277 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Parse: an answer becomes nested tuples, the kind first.
-#   ("list", items), ("set", items), ("union", items)            their order does not count
-#   ("()", items), ("[)", items), ..., ("matrix", rows)          it does in tuples, intervals and matrices
-#   ("=", left, tree of the right, left - right, droppable)      x = 5, whose left side may be dropped
-#   ("leaf", text, values, percent, literal digits, base)        a number, an expression, a word
+# Parse: by recursive descent, from lists down to numbers and names, computing on the way.
 
-NEST = r"\\\\|\\(?:begin|end)(?![a-z])|\\?[{}]|[()\[\]]"
-BRACKET, COMMA, UNION, RELATION, ROW, CELL = (re.compile(f"({separator})|{NEST}") for separator in (
-    r"(?!)", r",|;|\\text ?\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b", r"\\cup(?![a-z])",
-    r"\\(?:in|le|ge|ne)(?![a-z])|:?=|<|>", r"\\\\", "&"))
-OPENING, CLOSING = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
-MATRIX = re.compile(r"\\begin ?\{([A-Za-z]*)\}(?:\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
-WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
-PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-z])")
-GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
-NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?'?(?:\([\w,]{1,9}\))?"
-                  r"|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
-WORD = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z']+)*")
-BASE = re.compile(r"\(?((?=[A-F]*[0-9])[0-9A-F]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
-LITERAL = re.compile(r"[+-]? ?0*([0-9]*)(\.?[0-9]*)")
-# What may follow a number without changing it, and the words that would change it.
-UNIT = re.compile(
-    r"(?: ?[*/]? ?\\text ?\{[^{}]*\}(?: ?\^ ?(?:\{-?\d\}|\d))?){1,4}$"
-    r"| ?\^ ?\{? ?\\circ ?\}? ?(?:[CF]|\\text ?\{ ?[CF] ?\})$"
-    r"| (?:[A-Za-z]{4,}|sq|[cmk]m|ft|in|mi|yd|[mk]g|oz|lbs?|hrs?|min|sec|ms|mph|m/s|USD|men|day|way|cup|box)\.?"
-    r"(?:\^ ?\{?\d\}?)?(?:[ /][A-Za-z]+(?:\^ ?\{?\d\}?)?){0,4}$"
-    r"|(?<=\d)(?:[cmk]m|[mk]g)(?:\^ ?\{?\d\}?)?$", re.ASCII)
-UNIT_POWER = re.compile(r"\^ ?\{?-?\d\}?|(?<=[a-z])[23]\b|\\circ")
-HEDGE = re.compile(
-    r"\d|[=<>,;?]|\b(?:and|or|not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|around|approx\w*|to|than|more"
-    r"|less|least|most|over|under|above|below|up|plus|minus|times|half|hundred|thousand|[mbtr]+illion|dozen|pairs?"
-    r"|squared|cubed|factorial|infinity|pi|mod|choose|sqrt|root|wrong|incorrect|except|base|negative|alpha|beta|gamma"
-    r"|delta|theta|sigma|omega|lambda)s?\b", re.IGNORECASE)
-
-
-def _split(text, separator):
-    """Return [piece, separator, piece, ...], cut where no bracket is open."""
-    pieces, start, depth = [], 0, 0
-    for token in separator.finditer(text):
-        if token[1] and depth == 0:
-            pieces += [text[start:token.start()].strip(), token[1]]
-            start = token.end()
-        depth += (token[0] in OPENING) - (token[0] in CLOSING)
-    return pieces + [text[start:].strip()]
-
-
-def _brackets(text):
-    """Return (opening, inside, closing) of a text that one pair of brackets encloses, or None."""
-    depth = 0
-    for token in BRACKET.finditer(text):
-        depth += (token[0] in OPENING) - (token[0] in CLOSING)
-        if depth <= 0:
-            opening = text[:2] if text[0] == "\\" else text[0]
-            enclosed = token.end() == len(text) and opening in OPENING
-            return (opening, text[len(opening):token.start()], token[0]) if enclosed else None
-
-
-def _parse(text, seed):
-    """Return the tree of a cleaned text. The seed (a number; whether variables are whole, whether they may be
-    negative) draws the values of variables, the same ones for both answers."""
-    text = text.strip().rstrip(" .")
-    if PLAIN.fullmatch(text):
-        return _leaf(text, seed)
-    wrapped = WRAPPED.fullmatch(text)
-    text = wrapped[1].strip().rstrip(" .") if wrapped else text
-    brackets = _brackets(text)
-    opening, inside, closing = brackets or ("", "", "")
-    if opening == "{":
-        return _parse(inside, seed)
-    pieces = [piece for piece in _split(text, COMMA)[::2] if piece]
-    if len(pieces) > 1 or PLUS_MINUS.search(text) and opening != r"\{":
-        return "list", _items(pieces, seed)
-    text = pieces[0] if pieces else ""
-    parts = _split(text, UNION)[::2] if r"\cup" in text else []
-    if len(parts) > 1:
-        return "union", [_parse(part, seed) for part in parts]
-    parts = _split(text, RELATION)
-    if len(parts) > 1:
-        return _relation(parts, text, seed)
-    if brackets:
-        items = _items([piece for piece in _split(inside, COMMA)[::2] if piece], seed)
-        # (5) is 5, and the brackets around an array are those of a matrix.
-        single = len(items) == 1 and (opening + closing == "()" or items[0][0] == "matrix")
-        return items[0] if single else ("set" if opening == r"\{" else opening + closing, items)
-    matrix = MATRIX.fullmatch(text)
-    if matrix and matrix[1] != "cases":
-        rows = [_split(row, CELL)[::2] for row in _split(matrix[2], ROW)[::2] if row]
-        rows = [("()", [_parse(cell, seed) for cell in row]) for row in rows]
-        return ("determinant" if "v" in matrix[1].lower() else "matrix"), rows
-    return ("set", []) if text == r"\emptyset" else _leaf(text, seed)
-
-
-def _items(pieces, seed):
-    """Return the trees of the pieces; a piece with ± gives two."""
-    items = []
-    for piece in pieces:
-        if PLUS_MINUS.search(piece):
-            items.append(_parse(piece.replace(r"\pm", "+").replace(r"\mp", "-"), seed))
-            piece = piece.replace(r"\pm", "-").replace(r"\mp", "+")
-        items.append(_parse(piece, seed))
-    return items
-
-
-def _relation(parts, text, seed):
-    """Return the tree of [left, sign, right, ...]: an equation, an interval, or plain text."""
-    signs, sides = parts[1::2], parts[::2]
-    named = [bool(NAME.fullmatch(side.replace(" ", ""))) for side in sides]
-    if signs == [r"\in"] and named[0]:
-        return _parse(sides[1], seed)
-    if signs[0].endswith("=") and len(signs) < 4:
-        left, right = sides[0], " ".join(parts[2:])
-        if named == [False, True]:
-            left, right, named = right, left, [True]
-        tree, difference = _parse(right, seed), _values(f"({left})-({right})", seed)
-        number = tree[0] == "leaf" and tree[2] and tree[2][0] == tree[2][1]
-        # Dropped may be a name in front of anything, a word in front of a number, and what is equal: 2+3 = 5.
-        droppable = named[0] or bool(number and WORD.fullmatch(left)) or difference is not None and not any(difference)
-        return "=", left.replace(" ", ""), tree, difference, droppable
-    # -2 < x \le 7 and x > 3 are intervals. Turn them so that they rise.
-    if signs[0] in (">", r"\ge"):
-        signs = [{">": "<", r"\ge": r"\le"}.get(sign) for sign in signs[::-1]]
-        sides, named = sides[::-1], named[::-1]
-    if not {"<", r"\le"}.issuperset(signs) or named not in ([True, False], [False, True], [False, True, False]):
-        return "leaf", text.replace(" ", ""), None, False, None, None
-    low, high = (r"-\infty" if named[0] else sides[0]), (r"\infty" if named[-1] else sides[-1])
-    opening = "[" if signs[0] == r"\le" and not named[0] else "("
-    closing = "]" if signs[-1] == r"\le" and not named[-1] else ")"
-    return opening + closing, [_parse(low, seed), _parse(high, seed)]
-
-
-def _leaf(text, seed):
-    """Return the tree of a text without structure, with its values where it has any."""
-    key = WRAPPED.sub(r"\1", text)
-    key = re.sub(r"(?<!\d) | (?!\d)", "", key) if " " in key else key
-    key = key.rstrip(")").casefold() if re.fullmatch(r"[^\W\d_]+\)?", key) else key
-    base = BASE.fullmatch(text.replace(" ", ""))
-    if base:
-        return "leaf", key, None, False, None, (base[1].lstrip("0"), int(base[2] or base[3]))
-    number, values, unit = text, None, UNIT.search(text)
-    if unit and not HEDGE.search(UNIT_POWER.sub("", unit[0])):
-        number = text[:unit.start()]
-        values = _values(number.rstrip("% "), seed)
-    if not values or values[0] != values[1]:  # only a number loses its unit: 3x\text{ cm} does not
-        number = text
-        values = _values(number.rstrip("% "), seed)
-    literal = LITERAL.fullmatch(number.strip())
-    return "leaf", key, values, number.rstrip().endswith("%"), literal and literal[1] + literal[2], None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluate: LaTeX arithmetic by recursive descent, in fractions while they are exact, in complex floats beyond.
-# The tokens lie in a reversed list with "" at the bottom, so that pop() gives the next one.
-
-SYMBOL = (  # a variable: a letter, or a letter with an accent, and its subscript
-    r"(?:[A-Za-z]|\\(?:d?dot|hat|bar|vec|tilde|overline|mathcal)(?: ?\{[^{}]*\}| [a-z])|\\(?:var|(?=[A-Z]))?(?i:"
-    + "|".join(sorted(GREEK.values(), reverse=True)) + r"|hbar|ell|mho|partial|prime|angle)(?![A-Za-z]))"
-    r"(?: ?_ ?(?:[A-Za-z0-9]|\\[a-z]+|\{(?:[^{}]|\{[^{}]*\})*\}))?'*(?: ?\( ?0 ?\))?")
-PLAIN_NAMES = r"(?:sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|pi)(?![A-Za-z])"
-LEXER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|\^ ?\{? ?\\circ ?\}?(?![a-z])|" + PLAIN_NAMES + "|" + SYMBOL
-                   + r"|\\[A-Za-z]+|\\.|[^\s]", re.ASCII)
-EXACT = (int, Fraction)
-DIGITS = set("0123456789")
-GROUPS = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-CONSTANTS = {"e": math.e + 0j, "i": 1j, "pi": math.pi + 0j}
-FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
-    "sin cos tan sinh cosh tanh arcsin arccos arctan exp log").split()} | {
-    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z),
-    "csc": lambda z: 1 / cmath.sin(z)}
-INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf)", re.IGNORECASE)
-KNOWN = {*FUNCTIONS, *CONSTANTS, "sqrt"}
-TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
+POWER = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
+WORD = r"(?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?"
+TOKEN = re.compile(  # first a unit: texts or words that end an item. No other token begins with a space.
+    rf"(?:(?: \\text ?\{{[^{{}}]*\}}{POWER})+| {WORD}{POWER}(?:(?: [A-Za-z]{{2,}}|/[A-Za-z]+){POWER}){{0,4}})"
+    r"(?= ?(?:[,;)}\]]|\\\}|$))|_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|\\(?:matrix|determinant)\{"
+    r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
+    r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
+HEDGE = re.compile(  # a unit does not doubt, offer a choice or change the number
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
+    r"|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?|thousands?"
+    r"|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except|base|negative)\b", re.I)
+TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
+TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
+NAME = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
+CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\matrix{": "}", r"\determinant{": "}"}
+RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
+SIGNS = ("+", "-", r"\pm", r"\mp")
+# How strongly a token binds to what precedes it; 0 ends an expression. All others are factors, bound like *.
+BINDING = dict.fromkeys(("", ",", ";", ")", "]", "}", r"\}", *RELATIONS), 0) | dict.fromkeys(SIGNS, 1) | {
+    "*": 2, "/": 2, "^": 4, "!": 4}
+DIGITS = frozenset("0123456789.")
+CONSTANTS = {"e": math.e, "i": 1j, r"\pi": math.pi, "%": Fraction(1, 100), r"\infty": math.inf}
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
-def _values(text, seed):
-    """Return the values of an expression at a few random points (of a constant always the same), or None."""
-    draw, whole, signed = seed
-    points = 20 if whole else 2
-    if PLAIN.fullmatch(text):
-        return [_exact(text)] * points
-    infinity = INFINITY.fullmatch(text.strip())
-    if infinity:
-        return [-math.inf if infinity[1] == "-" else math.inf] * points
-    tokens = [re.sub(r"[{}\s]|\\text", "", token) if len(token) > 2 else token for token in LEXER.findall(text)]
-    if not tokens or any(len(word) > 1 and word.isalpha() and word.lower() not in KNOWN for word in text.split()):
-        return None  # a word, not a product of letters
-    values = []
-    for number in range(points):
-        point = {"seed": (draw + number, whole, signed), "degree": math.pi / 180 if TRIGONOMETRIC.search(text) else 1}
-        rest = [""] + tokens[::-1]
-        try:
-            values.append(_sum(rest, point))
-        except FAILURES:
-            return None
-        if rest != [""]:
-            return None
-        if len(point) == 2:  # no variable was met
-            return values * points
-    return values
+class Node(NamedTuple):
+    """A part of an answer."""
+    kind: str = "leaf"    # leaf list set () [) matrix = ...
+    text: str = ""        # its tokens
+    values: list = None   # of a leaf: its value or, with variables, one a point; of an equation: left - right
+    items: list = ()      # of a list, set, ...; of an equation: its right side
+    named: bool = False   # whether an equation only names its right side, as x = 5 does
 
 
-def _exact(digits):
-    return Fraction(digits) if "." in digits else int(digits)
+def _power(a, b):
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
+            raise OverflowError("power")
+        if a < 0 and b.denominator % 2 and b.denominator > 1:  # the real root of a negative number
+            return (-1) ** b.numerator * _power(-a, b)
+    return a ** b
 
 
-def _sum(tokens, point):
-    value = _product(tokens, point)
-    while tokens[-1] in ("+", "-"):
-        value = _apply(tokens.pop(), value, _product(tokens, point))
-    return value
+def _factorial(a):
+    if a.real > MAX_FACTORIAL:
+        raise OverflowError("factorial")
+    whole = isinstance(a, Fraction) and a.denominator == 1 and a >= 0
+    return Fraction(math.factorial(int(a))) if whole else math.gamma(a.real + 1)
 
 
-def _product(tokens, point):
-    value = _power(tokens, point)
-    while tokens[-1] in ("*", "/") or _begins_factor(tokens[-1]):
-        sign = tokens.pop() if tokens[-1] in ("*", "/") else "*"
-        value = _apply(sign, value, _power(tokens, point))
-    return value
+OPERATIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in (
+    "sin cos tan sinh cosh tanh arcsin arccos arctan exp log".split())} | {
+    "ln": cmath.log, "cot": lambda a: 1 / cmath.tan(a), "sec": lambda a: 1 / cmath.cos(a),
+    "csc": lambda a: 1 / cmath.sin(a), "+": operator.add, "-": operator.sub, "negative": operator.neg,
+    "*": operator.mul, "/": operator.truediv, "frac": operator.truediv, "^": _power, "!": _factorial,
+    "abs": abs, "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
+    "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
+    "floor": lambda a: Fraction(math.floor(a.real + Fraction(1, 10**12))),
+    "ceil": lambda a: Fraction(math.ceil(a.real - Fraction(1, 10**12)))}
+ARGUMENTS = {"frac": 2, "binom": 2, "root": 2, "sqrt": 1, "abs": 1, "floor": 1, "ceil": 1}  # how many follow
 
 
-def _begins_factor(token):
-    """Whether a token right after a factor multiplies it. A number does not: 2 3 is no product."""
-    return token[:1].isalpha() or token in ("(", "[", "{") or token[:1] == "\\" and token not in GROUPS.values()
+def _pairs(*lists):
+    """Return what stands at each point in lists of one value, which is constant, or of one for each point."""
+    size = max(map(len, lists))
+    return zip(*(values * (size // len(values)) for values in lists))
 
 
-def _power(tokens, point):
-    sign = 1
-    while tokens[-1] in ("+", "-"):
-        sign = -sign if tokens.pop() == "-" else sign
-    value = _atom(tokens, point)
-    while tokens[-1][:1] in ("^", "!"):
-        token = tokens.pop()
-        if token == "^":
-            value = _apply("^", value, _argument(tokens, point))
-        elif token == "!":
-            value = _factorial(value)
+class Parser:
+    """Reads a cleaned answer. Each method goes on where the last one stopped, and returns a Node.
+
+    Numbers are fractions while they are exact, and floats beyond. Variables have values at a few points,
+    which are drawn from the text of both answers.
+    """
+
+    def __init__(self, text, both):
+        self.tokens, self.at, self.depth, self.work, self.both = TOKEN.findall(text) + [""], 0, 0, 0, both
+
+    @property
+    def next(self):
+        return self.tokens[self.at]
+
+    def take(self):
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def text(self, start, end):
+        """Return some tokens as one text, without spaces."""
+        text = "".join(self.tokens[start:end])
+        text = TEXT.sub(r"\1", text).replace(" ", "") if " " in text or r"\text" in text else text
+        return text.casefold() if text.isalpha() or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
+
+    def answer(self):
+        """Read all there is."""
+        items = self.list(True)
+        if self.next:  # a stray bracket: no structure to rely on
+            return Node(text=self.text(0, -1))
+        return items[0] if len(items) == 1 else Node("list", items=items)
+
+    def list(self, expand):
+        """Read items between commas; one with ± becomes two if expand."""
+        items = []
+        while True:
+            start, item = self.at, self.relation()
+            piece = self.tokens[start:self.at]
+            if expand and (r"\pm" in piece or r"\mp" in piece):
+                above = [{r"\pm": "+", r"\mp": "-"}.get(token, token) for token in piece]
+                below = [{r"\pm": "-", r"\mp": "+"}.get(token, token) for token in piece]
+                self.tokens[start:self.at], self.at = [*above, ",", *below], start
+                continue
+            items += [item] * (self.at > start)
+            if self.next not in (",", ";"):
+                return items
+            self.at += 1
+
+    def relation(self):
+        """Read a leaf, an equation, an inequality in one variable, which is an interval, or a text."""
+        sides, signs = [self.leaf()], []
+        while self.next in RELATIONS:
+            signs.append(self.take())
+            sides.append(self.leaf())
+        named = [bool(NAME.fullmatch(side.text)) for side in sides]
+        if not signs or signs == [r"\in"] and named[0]:
+            return sides[-1]
+        if set(signs) == {"="}:
+            left, right = (sides[1], sides[0]) if named == [False, True] else (sides[0], sides[-1])
+            difference = self.apply("-", left, right).values
+            # A name stands on the left, but SRAC = LRAC are two; or both sides are equal, as in 2 + 3 = 5.
+            words = len(left.text) > 1 and (left.text + right.text).isalpha()
+            only_named = any(named) and not words or difference is not None and not any(difference)
+            return Node("=", left.text, difference, [right], only_named)
+        if signs[0] in (">", r"\ge"):  # turned, so that they rise
+            signs = [{">": "<", r"\ge": r"\le"}.get(sign, sign) for sign in signs[::-1]]
+            sides, named = sides[::-1], named[::-1]
+        if {"<", r"\le"}.issuperset(signs) and named in ([True, False], [False, True], [False, True, False]):
+            opening = "(" if named[0] or signs[0] == "<" else "["
+            closing = ")" if named[-1] or signs[-1] == "<" else "]"
+            low = Node(values=[-math.inf]) if named[0] else sides[0]
+            high = Node(values=[math.inf]) if named[-1] else sides[-1]
+            return Node(opening + closing, items=[low, high])
+        return Node(text="".join(side.text + sign for side, sign in zip(sides, signs + [""])))
+
+    def leaf(self):
+        """Read a number, an expression or a text, with or without a unit; or brackets that are no factor."""
+        start, node = self.at, self.expression()
+        end = self.at
+        if self.next[:1] == " ":
+            doubtful = HEDGE.search(self.take())
+            if doubtful or not node.values or len(node.values) > 1:  # only a number loses its unit
+                node, end = Node(), self.at
+        return node if node.text else Node(node.kind, self.text(start, end), node.values, node.items)
+
+    def binding(self):
+        """Return how strongly the next token binds. A unit does not, a subscript does."""
+        return BINDING[self.next] if self.next in BINDING else {" ": 0, "_": 5}.get(self.next[0], 2)
+
+    def expression(self, strength=0):
+        """Read an atom and what binds to it more strongly than strength."""
+        signs, start = [], self.at
+        while self.next in SIGNS:
+            signs.append(self.take())
+        node = self.expression(3) if signs else self.atom()
+        node = self.apply("negative", node) if signs.count("-") % 2 else node
+        while self.binding() > strength:
+            token = self.next
+            if token[0] == "_":  # a subscript makes a name of what precedes it
+                self.at += 1
+                node = self.variable(self.text(start, self.at))
+            elif token not in BINDING:  # factors side by side; but 1 2 is no product
+                node = self.apply("*", Node() if token[0] in DIGITS else node, self.expression(2))
+            elif self.take() == "!":
+                node = self.apply("!", node)
+            else:
+                node = self.apply(token, node, self.expression(BINDING[token]))
+        return node
+
+    def atom(self):
+        """Read a number, a name, a group, or a command with its arguments."""
+        if self.next in BINDING:
+            return Node()  # an operand is missing
+        self.depth += 1
+        self.work += 1
+        if self.depth > MAX_DEPTH or self.work > MAX_WORK:
+            raise RecursionError
+        token = self.take()
+        name = TEXT.sub(r"\1", token).strip("\\ ") if token[0] in "\\ " else token
+        if token[0] in DIGITS and token != ".":
+            node = Node(values=[Fraction(int(token) if token.isdigit() else token)])
+        elif token in CLOSING:
+            node = self.group(token)
+        elif name in ARGUMENTS:
+            node = self.apply(name, *[self.atom() for _ in range(ARGUMENTS[name])])
+        elif name in OPERATIONS:
+            node = self.function(name)
+        elif token in CONSTANTS:
+            node = Node(values=[CONSTANTS[token]])
+        elif token == "°":
+            node = Node(values=[math.pi / 180 if TRIGONOMETRIC.search(self.both) else Fraction(1)])
         else:
-            value = value * point["degree"]
-    return value if sign == 1 else -value
+            node = Node("set") if name == "emptyset" else self.variable(name)
+        self.depth -= 1
+        return node
+
+    def variable(self, name):
+        """Return the leaf of a variable: whole numbers within floor and ceiling, else fractions."""
+        whole = r"\floor" in self.both or r"\ceil" in self.both
+        texts = [f"{k}{name}{self.both}" for k in range(10 if whole else 2)]
+        draws = [zlib.crc32(text.encode(errors="replace")) for text in texts]
+        if whole:
+            return Node(values=[Fraction(1 + draw % 16) for draw in draws])
+        signs = (1, -1) if r"\abs" in self.both else (1, 1)
+        return Node(values=[Fraction(500 + draw % 2500, 997) * sign for draw, sign in zip(draws, signs)])
+
+    def group(self, opening):
+        """Read what a pair of brackets encloses."""
+        items = self.list(opening == r"\{")
+        closed = self.next and self.next in CLOSING[opening]
+        kind = opening + self.take() if closed else "?"
+        if len(items) == 1 and kind in ("()", "[]", "{}"):
+            return items[0]
+        return Node({r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix"}.get(kind, kind), items=items)
+
+    def function(self, name):
+        r"""Read what \sin, \log, ... apply to; without brackets, the factors that follow: \sin 2x."""
+        base = exponent = None
+        if name == "log" and self.next[:1] == "_":
+            base = self.apply("log", Parser(self.take()[1:], self.both).answer())
+        if self.next == "^":
+            self.at += 1
+            exponent = self.expression(4)
+        factors = self.next not in CLOSING
+        node = self.expression(2) if factors else self.atom()
+        while factors and self.binding() == 2 and not (self.next in BINDING or self.next[1:] in OPERATIONS):
+            node = self.apply("*", node, self.expression(2))
+        node = self.apply(name, node)
+        node = self.apply("/", node, base) if base else node
+        return self.apply("^", node, exponent) if exponent else node
+
+    def apply(self, name, *nodes):
+        """Return the leaf of an operation: without values where there are none, or none that can be held."""
+        if not all(node.kind == "leaf" and node.values for node in nodes):
+            return Node()
+        values = []
+        for operands in _pairs(*(node.values for node in nodes)):
+            try:
+                value = OPERATIONS[name](*operands)
+            except FAILURES:
+                return Node()
+            self.work += 1
+            if isinstance(value, Fraction):
+                bits = value.numerator.bit_length() + value.denominator.bit_length()
+                self.work += bits // 64
+                lost = bits > MAX_BITS
+            elif name in ("*", "/", "frac", "^", "exp"):  # too small or too large for a float
+                lost = value == 0 and all(operands) or cmath.isinf(value) and math.inf not in operands
+            else:  # what is left of floats that cancel, as in sin(pi), is 0
+                value, lost = 0.0 if abs(value) < 1e-14 * abs(operands[0]) else value, False
+            if lost:
+                return Node()
+            values.append(value)
+        return Node(values=values)
 
 
-def _argument(tokens, point):
-    """Return what a command or ^ applies to: a group or one token; of a number one digit, as in TeX."""
-    token = tokens[-1]
-    if token == "-":
-        tokens.pop()
-        return -_atom(tokens, point)
-    if token[:1] in DIGITS and len(token) > 1:
-        tokens[-1] = token[1:]
-        return int(token[0])
-    return _atom(tokens, point)
-
-
-def _atom(tokens, point):
-    token = tokens.pop()
-    name = token.lstrip("\\")
-    if token[:1] in DIGITS or token[:1] == "." != token:
-        mantissa, _, exponent = token.lower().partition("e")
-        value = _exact(mantissa)
-        return value * _apply("^", Fraction(10), int(exponent)) if exponent else value
-    if token in GROUPS:
-        value = _sum(tokens, point)
-        if tokens.pop() != GROUPS[token]:
-            raise ValueError("bracket")
-        if name in ("lfloor", "lceil"):
-            value = value if isinstance(value, EXACT) else _real(value)
-            return math.floor(value + 1e-12) if name == "lfloor" else math.ceil(value - 1e-12)
-        return abs(value) if token == "|" else value
-    if name == "frac":
-        return _apply("/", _argument(tokens, point), _argument(tokens, point))
-    if name == "binom":
-        above, below = _argument(tokens, point), _argument(tokens, point)
-        return _apply("/", _factorial(above), _factorial(below) * _factorial(above - below))
-    if name == "sqrt":
-        degree = _atom(tokens, point) if tokens[-1] == "[" else 2
-        return _apply("^", _argument(tokens, point), _apply("/", 1, degree))
-    if name in FUNCTIONS:
-        return _function(name, tokens, point)
-    if name in CONSTANTS:
-        return CONSTANTS[name]
-    if not re.match(SYMBOL, token):
-        raise ValueError("unknown symbol")
-    if token not in point:  # a variable is a random fraction
-        seed, whole, signed = point["seed"]
-        draw = zlib.crc32(token.encode(), seed)
-        size = 2 + draw % 20 if whole else Fraction(500 + draw % 2500, 997)
-        point[token] = -size if signed and draw & 65536 else size
-    return point[token]
-
-
-def _function(name, tokens, point):
-    """Return the value of a function of which only the name has been read."""
-    base, exponent = None, None
-    if tokens[-1] == "_" and name == "log":
-        tokens.pop()
-        base = _argument(tokens, point)
-    if tokens[-1] == "^":
-        tokens.pop()
-        exponent = _argument(tokens, point)
-    if tokens[-1] in GROUPS:
-        value = _atom(tokens, point)
-    else:  # without brackets it takes the factors that follow: \sin 2x
-        value = _power(tokens, point)
-        while _begins_factor(tokens[-1]) and tokens[-1].lstrip("\\") not in FUNCTIONS:
-            value = _apply("*", value, _power(tokens, point))
-    if exponent == -1:
-        name, exponent = "arc" + name, None
-    result = FUNCTIONS[name](value) / (cmath.log(base) if base else 1)
-    if abs(result) > 1e15 or result == 0 and name == "exp":
-        raise OverflowError(name)
-    if abs(result) < 1e-14 * abs(value):  # \sin\pi
-        result = 0j
-    return result if exponent is None else _apply("^", result, exponent)
-
-
-def _apply(sign, a, b):
-    """Return a sign b, or raise where it would be too large or, other than 0, too small to hold."""
-    if sign == "^":
-        if isinstance(a, EXACT) and isinstance(b, EXACT):
-            if b.denominator == 1:
-                if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
-                    raise OverflowError("power")
-                return a ** int(b) if b >= 0 else Fraction(1) / a ** int(-b)
-            if a < 0 and b.denominator % 2:  # the real root of a negative number
-                return (-1) ** (b.numerator % 2) * _apply("^", -a, b)
-        value = complex(a) ** complex(b)
-    elif sign in "+-":
-        value = a + b if sign == "+" else a - b
-        if isinstance(value, complex) and abs(value) < 1e-14 * abs(a):  # what is left of floats that cancel
-            return 0
-    elif sign == "*":
-        value = a * b
-    else:
-        value = Fraction(a, b) if isinstance(a, EXACT) and isinstance(b, EXACT) else a / b
-    if isinstance(value, EXACT):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-            raise OverflowError("digits")
-    elif not cmath.isfinite(value) or value == 0 and sign not in "+-" and a != 0 != b:
-        raise OverflowError("float")
-    return value
-
-
-def _factorial(value):
-    if isinstance(value, EXACT) and value.denominator == 1 and value >= 0:
-        if value > MAX_FACTORIAL:
-            raise OverflowError("factorial")
-        return math.factorial(int(value))
-    return complex(math.gamma(_real(value) + 1))
-
-
-def _real(value):
-    value = complex(value)
-    if abs(value.imag) > 1e-12 * abs(value):
-        raise ValueError("complex")
-    return value.real
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Compare.
 
-PARTING = re.compile(r"[,;&=<>]|\\\\|\\(?:cup|in|le|ge|ne|pm|mp)|and|or")
+GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
+BRACKET = re.compile(r"[(\[]|\\\{")
+BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")
+DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
 
 
 def answers_equal(prediction, gold):
@@ -543,111 +462,87 @@ def answers_equal(prediction, gold):
     if max(len(prediction), len(gold)) > MAX_LENGTH:
         return prediction == gold
     texts = [_clean(prediction), _clean(gold)]
-    if PLAIN.fullmatch(texts[0]) and PLAIN.fullmatch(texts[1]):
-        return _exact(texts[0]) == _exact(texts[1])
     if not all(text.strip("{} ") for text in texts):
         return False
     if prediction == gold or texts[0] == texts[1]:
         return True
-    if not all(map(_within_bounds, texts)):
-        return False
-    both = "\n".join(sorted(texts))
-    seed = zlib.crc32(both.encode(errors="replace")), "floor" in both or "ceil" in both, "|" in both
-    grouped = [text if re.search(r"[(\[]|\\\{", text) else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
-               for text in texts]
+    if PLAIN.fullmatch(texts[0]) and PLAIN.fullmatch(texts[1]):
+        number = Fraction if "." in texts[0] + texts[1] else int
+        return number(texts[0]) == number(texts[1])
+    # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
+    both, readings = "\n".join(sorted(texts)), [texts]
+    if "," in both:
+        joined = [text if BRACKET.search(text) else GROUPED.sub(lambda group: group[0].replace(",", ""), text)
+                  for text in texts]
+        readings = [joined] if joined == texts or re.search(r",0\d\d", both) else [joined, texts]
     try:
-        # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
-        return _equal(*(_parse(text, seed) for text in grouped)) or (
-            grouped != texts and not re.search(r",0\d\d", both) and _equal(*(_parse(text, seed) for text in texts)))
-    except FAILURES:  # such as a fraction too large for a float
+        return any(_equal(*(Parser(text, both).answer() for text in reading)) for reading in readings)
+    except FAILURES:  # beyond a bound
         return False
-
-
-def _within_bounds(text):
-    depths = accumulate((char in "([{") - (char in ")]}") for char in text)
-    return text.count("\\") <= MAX_COMMANDS and max(depths) <= MAX_DEPTH and len(PARTING.findall(text)) <= MAX_PARTS
 
 
 def _equal(a, b):
-    """Whether two trees are worth the same."""
-    if a[0] == b[0] == "leaf":
+    """Whether two nodes are worth the same."""
+    if a.kind == b.kind == "leaf":
         return _equal_leaves(a, b)
-    if a[0] == b[0] == "=":
-        return a[1] == b[1] and _equal(a[2], b[2]) or _proportional(a[3], b[3])
-    a, b = (b, a) if b[0] == "=" else (a, b)
-    if a[0] == "=":
-        return a[4] and _equal(a[2], b)
-    unordered = ("list", "set", "union")
-    if a[0] in unordered and b[0] in unordered:
-        return _same_items(a[1], b[1])
-    a, b = (b, a) if b[0] in unordered or b[0] == "matrix" else (a, b)
-    if a[0] in unordered and len(a[1]) == 1:
-        return _equal(a[1][0], b)
-    if a[0] == "matrix" and b[0] == "()":  # a vector may be written as a tuple
-        rows = [row[1] for row in a[1]]
-        a = "()", rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
-    if a[0] == "list" and b[0] == "()":  # a tuple may lose its parentheses
-        a = "()", a[1]
-    return a[0] == b[0] != "leaf" and len(a[1]) == len(b[1]) and all(map(_equal, a[1], b[1]))
-
-
-def _same_items(a, b):
-    """Whether two lists hold the same items in some order, each as often."""
-    if len(a) != len(b):
-        return False
-    left = list(b)
-    for item in a:
-        index = next((index for index, other in enumerate(left) if _equal(item, other)), None)
-        if index is None:
+    if a.kind == b.kind == "=":
+        if a.text == b.text and _equal(a.items[0], b.items[0]):
+            return True
+        if not a.values or not b.values or a.values[0] == a.values[-1] or b.values[0] == b.values[-1]:
             return False
-        del left[index]
-    return True
+        # proportional: 2x - y = 0 is y = 2x
+        return all(_close(a.values[0] * y, b.values[0] * x) for x, y in zip(a.values, b.values))
+    a, b = (b, a) if b.kind == "=" else (a, b)
+    if a.kind == "=":
+        return a.named and _equal(a.items[0], b)
+    a, b = (b, a) if b.kind in ("list", "set", "matrix") else (a, b)
+    if {a.kind, b.kind} <= {"list", "set"} and len(a.items) <= MAX_ITEMS:
+        left = list(b.items)
+        for item in a.items:
+            found = next((place for place, other in enumerate(left) if _equal(item, other)), None)
+            if found is None:
+                return False
+            del left[found]
+        return not left
+    if a.kind in ("list", "set", "matrix") and len(a.items) == 1 and b.kind != "matrix":
+        return _equal(a.items[0], b)
+    # A tuple may lose its parentheses, and a vector may be written as a tuple.
+    alike = a.kind == b.kind != "leaf" or a.kind in ("list", "matrix") and b.kind == "()"
+    return alike and len(a.items) == len(b.items) and all(map(_equal, a.items, b.items))
 
 
 def _equal_leaves(a, b):
-    _, key, values, percent, literal, base = a
-    _, other_key, other_values, other_percent, other_literal, other_base = b
-    if key == other_key:
+    """Whether two numbers, expressions or texts are worth the same."""
+    if a.text and a.text == b.text:
         return True
-    if base or other_base:  # a dropped base is forgiven, another one is not
-        return base == other_base or not (base and other_base) and (
-            key.lstrip("0") == other_base[0] if other_base else other_key.lstrip("0") == base[0])
-    if not values or not other_values:
+    if "_" in a.text + b.text and BASE.sub(r"\1", a.text) == BASE.sub(r"\1", b.text):
+        return not (BASE.match(a.text) and BASE.match(b.text))  # 52 is 52_8, 52_9 is not
+    if not a.values or not b.values or a.text.isalpha() and b.text.isalpha():
         return False
-    if all(map(_close, values, other_values)):
+    pairs = list(_pairs(a.values, b.values))
+    if all(_close(x, y) for x, y in pairs):
         return True
-    if percent != other_percent:  # 50% is 0.5, and its sign may be lost
-        scale = Fraction(1, 100) if percent else 100
-        return all(_close(value * scale, other) for value, other in zip(values, other_values))
-    if literal and not other_literal:
-        return _rounds(literal, values[0], other_values[0])
-    return bool(other_literal and not literal) and _rounds(other_literal, other_values[0], values[0])
-
-
-def _proportional(a, b):
-    """Whether two equations, given by left - right, differ by a constant factor."""
-    if not a or not b or a[0] == a[1] or b[0] == b[1]:
+    percent = a.text.endswith("%") - b.text.endswith("%")
+    if percent:  # the sign may be lost: 50% is 0.5 and 50
+        return all(_close(x * 100, y) if percent > 0 else _close(x, y * 100) for x, y in pairs)
+    if "." not in a.text + b.text or len(pairs) > 1:
         return False
-    return all(_close(a[0] * other, b[0] * value) for value, other in zip(a, b))
+    a, b, (x, y) = (a, b, pairs[0]) if DECIMAL.fullmatch(a.text) else (b, a, pairs[0][::-1])
+    decimal = DECIMAL.fullmatch(a.text)
+    if not decimal or DECIMAL.fullmatch(b.text) or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
+        return False
+    step = 10.0 ** -len(decimal[2])  # rounded or cut off
+    return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
 
 
 def _close(a, b):
     """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if a == b or isinstance(a, EXACT) and isinstance(b, EXACT):
+    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
-
-
-def _rounds(literal, decimal, value):
-    """Whether a decimal of 8 significant digits or more is value, rounded or cut off."""
-    digits, _, places = literal.partition(".")
-    if not places or len((digits + places).lstrip("0")) < 8 or isinstance(value, complex) and value.imag:
-        return False
-    step, value = 10.0 ** -len(places), value.real
-    return abs(value - decimal) <= step / 2 or abs(decimal) < abs(value) and abs(value - decimal) < step
 
 
 def score(completion, golds):
     """Return one bool a gold: whether the completion answers that problem correctly."""
     golds = golds if isinstance(golds, (list, tuple)) else []
-    return [answers_equal(answer, gold) for answer, gold in zip(extract_answers(completion, len(golds)), golds)]
+    return list(map(answers_equal, extract_answers(completion, len(golds)), golds))
