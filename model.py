@@ -210,9 +210,9 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE in Hugging Face's layout: channel i is paired with channel i + D/2. x: (B, heads, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """RoPE in Hugging Face's layout: channel i is paired with channel i + D/2. x: (B, heads, T, D);
+    the first half of sin has its sign changed."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -304,8 +304,9 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         self.frequencies = self.frequencies.to(tokens.device)
-        angles = (positions[..., None] * self.frequencies).repeat(1, 1, 2)[:, None]  # (B, 1, T, D)
+        angles = (positions[..., None] * self.frequencies)[:, None]  # (B, 1, T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B, 1, T, D)
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
