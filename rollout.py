@@ -94,6 +94,34 @@ class Past:
                 torch.cat((self.prefix.v[layer][self.owners], v), dim=2), self.mask)
 
 
+# How often the host looks for rows that ended, in tokens, and to which multiples the numbers of rows
+# and of cached tokens are rounded up: a GPU should neither wait for the host nor meet many shapes.
+PACE = {"cpu": (1, 1, 1), "cuda": (8, 32, 256)}
+
+
+def round_up(value, size, most):
+    return min(-(-value // size) * size, most)
+
+
+def captured(step):
+    """step(n, filled) as CUDA graphs, one for each pair of sizes: a pair's first call runs as it is,
+    the second is recorded, and from then on one launch replays the hundreds of kernels of a token."""
+    graphs = {}
+
+    def run(*sizes):
+        if sizes not in graphs:
+            graphs[sizes] = None
+            return step(*sizes)
+        if graphs[sizes] is None:
+            graph, others = torch.cuda.CUDAGraph(), [graph for graph in graphs.values() if graph]
+            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):  # one replays at a time: they share memory
+                step(*sizes)
+            graphs[sizes] = graph
+        graphs[sizes].replay()
+
+    return run
+
+
 @torch.no_grad()
 def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
              prompt_keys=None, rows=256, on_finished=lambda row, tokens, truncated: None):
@@ -118,45 +146,22 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
 
     # What is known of each row; rows 0..n-1 are at work, the others free.
     cache = Cache(model.config, rows, longest_prompt + budget, model.dtype, device)
-    noise = torch.zeros(rows, budget, dtype=torch.float64, device=device)
-    tokens = torch.zeros(rows, budget, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, budget, dtype=torch.float32, device=device)
+    noise = torch.zeros(rows, budget + 1, dtype=torch.float64, device=device)
+    tokens = torch.zeros(rows, budget + 1, dtype=torch.int64, device=device)  # the last column is waste paper
+    logprobs = torch.zeros(rows, budget + 1, dtype=torch.float32, device=device)
     last = torch.zeros(rows, dtype=torch.int64, device=device)  # the token to be fed next
     position = torch.zeros(rows, dtype=torch.int64, device=device)  # where it goes
     count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
+    alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget was met
     job = np.zeros(rows, dtype=np.int64)
-    reach = np.zeros(rows, dtype=np.int64)  # `position` again, on the host: no sync to know its maximum
+    reach = np.zeros(rows, dtype=np.int64)  # `position` or more, on the host: no sync to know its maximum
     eos = torch.tensor(eos_ids, device=device)
-    prefixes, n = {}, 0
+    prefixes, n, since = {}, 0, 0
 
-    while n or jobs:
-        # Fill the free rows once a whole group fits (or, if rows are few, once all are free).
-        if jobs and rows - n >= min(samples, rows):
-            taken = [jobs.popleft() for _ in range(min(rows - n, len(jobs)))]
-            if rows - n >= samples:  # whole groups only: the rest of a group waits
-                while jobs and jobs[0][1]:
-                    jobs.appendleft(taken.pop())
-            fresh = sorted({p for p, _ in taken} - prefixes.keys())
-            prefix = prefill(model, [prompts[p] for p in fresh])
-            for kv, layers in ((0, prefix.k), (1, prefix.v)):  # (L, K, T, D) of each prompt
-                for i, p in enumerate(fresh):
-                    prefixes.setdefault(p, [None, None])[kv] = torch.stack([of_layer[i, :, :len(prompts[p]) - 1] for of_layer in layers])
-            free = slice(n, n + len(taken))
-            for row, (p, _) in enumerate(taken, start=n):
-                for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
-                    ours[:, row, :, :prompt.shape[2]] = prompt  # (L, K, T, D)
-            noise[free] = torch.from_numpy(np.stack([uniforms(seed, step, keys[p], g, budget) for p, g in taken])).to(device)
-            last[free] = torch.tensor([prompts[p][-1] for p, _ in taken], device=device)
-            job[free] = [p * samples + g for p, g in taken]
-            reach[free] = [len(prompts[p]) - 1 for p, _ in taken]
-            position[free] = torch.from_numpy(reach[free]).to(device)
-            count[free] = 0
-            waiting = {p for p, _ in jobs}
-            prefixes = {p: prefix for p, prefix in prefixes.items() if p in waiting}
-            n += len(taken)
-
-        # One token for every row: inverse-CDF sampling in float64 with the number drawn for it.
-        at = cache.at(position[:n], int(reach[:n].max()) + 1)
+    def one_token(n, filled):
+        """One token for each of the first n rows: inverse-CDF sampling in float64 with the number
+        drawn for it. Rows that are not alive stand still. Nothing here waits for the host."""
+        at = cache.at(position[:n], filled)
         hidden = model.hidden(last[:n, None], position[:n, None], at)[:, 0]  # (n, C)
         logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
         if temperature:
@@ -168,19 +173,52 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
         tokens[:n].scatter_(1, count[:n, None], token)
         logprobs[:n].scatter_(1, count[:n, None], logp.gather(1, token))
         last[:n] = token[:, 0]
-        position[:n] += 1
-        count[:n] += 1
+        position[:n] += alive[:n]
+        count[:n] += alive[:n]
+        alive[:n] &= (token != eos).all(dim=1) & (count[:n] < budget)
+
+    step_of = captured(one_token) if device.type == "cuda" else one_token
+    every, row_size, length_size = PACE[device.type]
+    while n or jobs:
+        # Fill the free rows once a whole group fits (or, if rows are few, once all are free).
+        if jobs and rows - n >= min(samples, rows):
+            taken = [jobs.popleft() for _ in range(min(rows - n, len(jobs)))]
+            if rows - n >= samples:  # whole groups only: the rest of a group waits
+                while jobs and jobs[0][1]:
+                    jobs.appendleft(taken.pop())
+            fresh = sorted({p for p, _ in taken} - prefixes.keys())
+            prefix = prefill(model, [prompts[p] for p in fresh])
+            for i, p in enumerate(fresh):
+                prefixes[p] = [torch.stack([of_layer[i, :, :len(prompts[p]) - 1] for of_layer in kv])  # (L, K, T, D)
+                               for kv in (prefix.k, prefix.v)]
+            free = slice(n, n + len(taken))
+            for row, (p, _) in enumerate(taken, start=n):
+                for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
+                    ours[:, row, :, :prompt.shape[2]] = prompt
+            noise[free, :budget] = torch.from_numpy(np.stack([uniforms(seed, step, keys[p], g, budget) for p, g in taken])).to(device)
+            last[free] = torch.tensor([prompts[p][-1] for p, _ in taken], device=device)
+            job[free] = [p * samples + g for p, g in taken]
+            reach[free] = [len(prompts[p]) - 1 for p, _ in taken]
+            position[free] = torch.from_numpy(reach[free]).to(device)
+            count[free], alive[free] = 0, True
+            waiting = {p for p, _ in jobs}
+            prefixes = {p: prefix for p, prefix in prefixes.items() if p in waiting}
+            n += len(taken)
+
+        step_of(round_up(n, row_size, rows), round_up(int(reach[:n].max()) + 1, length_size, cache.k.shape[3]))
         reach[:n] += 1
+        since += 1
+        if since < every:
+            continue
 
         # Rows that ended leave; rows from the end move into the holes, so that 0..n-1 stay at work.
-        ended = torch.isin(last[:n], eos)
-        done = (ended | (count[:n] == budget)).cpu().numpy()
+        since, done = 0, ~alive[:n].cpu().numpy()
         if done.any():
             for row in done.nonzero()[0]:
                 length = int(count[row])
-                finished[job[row]] = (tokens[row, :length].to("cpu", copy=True),
-                                      logprobs[row, :length].to("cpu", copy=True), not ended[row].item())
-                on_finished(int(job[row]), finished[job[row]][0].tolist(), finished[job[row]][2])
+                ids = tokens[row, :length].tolist()
+                finished[job[row]] = ids, logprobs[row, :length].to("cpu", copy=True), ids[-1] not in eos_ids
+                on_finished(int(job[row]), ids, ids[-1] not in eos_ids)
             kept = n - done.sum()
             holes = done[:kept].nonzero()[0]
             movers = kept + (~done[kept:]).nonzero()[0]
@@ -188,8 +226,9 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             if len(holes):
                 for kv in (cache.k, cache.v):
                     kv[:, holes, :, :filled] = kv[:, movers, :, :filled]
-                for state in (noise, tokens, logprobs, last, position, count, job, reach):
+                for state in (noise, tokens, logprobs, last, position, count, alive, job, reach):
                     state[holes] = state[movers]
+            alive[kept:n] = False
             n = int(kept)
 
     lengths = torch.tensor([len(row[0]) for row in finished])
@@ -197,7 +236,7 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
                   torch.zeros(len(finished), int(lengths.max())), lengths,
                   torch.tensor([row[2] for row in finished]))
     for i, (ids, logp, _) in enumerate(finished):
-        out.tokens[i, :len(ids)], out.logprobs[i, :len(ids)] = ids, logp
+        out.tokens[i, :len(ids)], out.logprobs[i, :len(ids)] = torch.tensor(ids), logp
     return out
 
 

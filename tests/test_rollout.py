@@ -6,7 +6,7 @@ import torch
 
 from conftest import random_model
 from model import UserError
-from rollout import generate, uniforms
+from rollout import PACE, generate, uniforms
 
 PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 EOS = [0, 1]
@@ -133,3 +133,17 @@ def test_a_budget_beyond_the_models_positions_is_refused():
     """Positions that the model never saw would be sampled from silently."""
     with pytest.raises(UserError, match="256 positions"):
         generate(random_model(), PROMPTS, 1, 250, eos_ids=EOS)
+
+
+def test_rows_that_ended_between_two_looks_stand_still(monkeypatch):
+    """On a GPU the host looks at the rows only now and then, and shapes are rounded up: what a row
+    does after its EOS, or a free row at all, must leave no trace. The same pace on the CPU."""
+    model = random_model()
+    settings = dict(eos_ids=[3, 5], temperature=1.3, seed=5, rows=7)
+    expected = generate(model, PROMPTS, 3, 20, **settings)
+    for pace in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
+        monkeypatch.setitem(PACE, "cpu", pace)
+        ours = generate(model, PROMPTS, 3, 20, **settings)
+        assert torch.equal(ours.tokens, expected.tokens) and torch.equal(ours.truncated, expected.truncated)
+        torch.testing.assert_close(ours.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+    assert expected.truncated.any() and not expected.truncated.all() and len(set(expected.lengths.tolist())) > 5
