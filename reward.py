@@ -188,9 +188,9 @@ TOKEN = re.compile(  # first a unit: texts or words that end an item. No other t
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 HEDGE = re.compile(  # a unit does not doubt, offer a choice or change the number
-    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
-    r"|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?|thousands?"
-    r"|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|base|wrong|incorrect|except)\b", re.I)
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
+    r"|negative|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?"
+    r"|thousands?|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 NAME = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
