@@ -18,7 +18,7 @@ MAX_LENGTH = 500     # characters of an answer; a longer one equals only itself
 MAX_DEPTH = 30       # brackets and commands within each other
 MAX_BITS = 2048      # size of a number: numerator and denominator together
 MAX_FACTORIAL = 200
-MAX_WORK = 500       # steps of reading an answer; one with a large number counts as several
+MAX_WORK = 300       # steps of reading an answer; one with a large number counts as several
 MAX_ITEMS = 30       # items of a list that may stand in any order
 MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
 MAX_TRIES = 8        # boxes of one problem, counted from its last
@@ -188,9 +188,9 @@ TOKEN = re.compile(  # first a unit: texts or words that end an item. No other t
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 HEDGE = re.compile(  # a unit does not doubt, offer a choice or change the number
-    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|nor|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
-    r"|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?|thousands?"
-    r"|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except|base|negative)\b", re.I)
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
+    r"|negative|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?"
+    r"|thousands?|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 NAME = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
@@ -386,8 +386,8 @@ class Parser:
     def variable(self, name):
         """Return the leaf of a variable: whole numbers within floor and ceiling, else fractions."""
         whole = r"\floor" in self.both or r"\ceil" in self.both
-        texts = [f"{k}{name}{self.both}" for k in range(10 if whole else 2)]
-        draws = [zlib.crc32(text.encode(errors="replace")) for text in texts]
+        name, seed = name.encode(errors="replace"), zlib.crc32(self.both.encode(errors="replace"))
+        draws = [zlib.crc32(name, seed + k) for k in range(10 if whole else 2)]
         if whole:
             return Node(values=[Fraction(1 + draw % 16) for draw in draws])
         signs = (1, -1) if r"\abs" in self.both else (1, 1)
