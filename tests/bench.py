@@ -323,16 +323,18 @@ def plan(o):
 
     shipped, heldout = REPO / "data/tiny/model", bcr.load_problems(REPO / "data/tiny/heldout.jsonl")
     small = prompts(shipped, heldout[:16], 8, 256)
-    rows = {"sampling": ("sampling, shipped model: 16 prompts x 8 samples, at most 256 tokens", "tokens_per_second", samplers(small, "float32"))}
-    try:
-        from smollm2 import smollm2_directory  # only now: it may download the model
+    rows = {"sampling": ("sampling, shipped model: 16 prompts x 8 samples, at most 256 tokens", "tokens_per_second",
+                         samplers(small, "float32"))}
+    if "smollm2" in o.only:  # else it need not be there
+        try:
+            from smollm2 import smollm2_directory
 
-        gsm8k = REPO.parent / "shared/benchmarks/gsm8k_test.jsonl"
-        task = prompts(smollm2_directory(), (bcr.load_problems(gsm8k) if gsm8k.exists() else heldout)[:4], 8, 128)
-        rows["smollm2"] = ("sampling, SmolLM2-135M-Instruct: 4 prompts x 8 samples, at most 128 tokens", "tokens_per_second",
-                           samplers(task, "bfloat16") + samplers(task, "float32")[:2])
-    except Exception as reason:  # no module, no package index
-        print(f"SmolLM2 is left out: {reason}", flush=True)
+            gsm8k = REPO.parent / "shared/benchmarks/gsm8k_test.jsonl"
+            task = prompts(smollm2_directory(), (bcr.load_problems(gsm8k) if gsm8k.exists() else heldout)[:4], 8, 128)
+            rows["smollm2"] = ("sampling, SmolLM2-135M-Instruct: 4 prompts x 8 samples, at most 128 tokens", "tokens_per_second",
+                               samplers(task, "bfloat16") + samplers(task, "float32"))  # not every CPU is at home in bfloat16
+        except Exception as reason:  # no module, no package index
+            print(f"SmolLM2 is left out: {reason}", flush=True)
     rows["step"] = ("a GRPO step, shipped model: 16 prompts x 8 samples, at most 256 tokens", "seconds", [
         {"name": "ours", "worker": "ours_step", **small},
         {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl, "beside": "ours", **small}])
@@ -396,7 +398,8 @@ def measure(contenders, runs, o):
                 clock = time.perf_counter()
                 workers[name], answer = start(spec, o)
                 result |= answer
-                print(f"  {name}: {answer.get('missing', 'ready')} after {time.perf_counter() - clock:.0f} s", flush=True)
+                versions = ", ".join(" ".join(item) for item in sorted(answer.get("versions", {}).items()))
+                print(f"  {name}: {answer.get('missing', 'ready')} after {time.perf_counter() - clock:.0f} s; {versions}", flush=True)
             if "missing" not in result:
                 answer = ask(workers[name], str(run), o.limit)
                 if "missing" in answer:
