@@ -12,6 +12,7 @@ import re
 import unicodedata
 import zlib
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_LENGTH = 500     # characters of an answer; a longer one equals only itself
@@ -165,6 +166,7 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
 )]
 
 
+@lru_cache(maxsize=4096)  # a gold meets the answers of a whole group
 def _clean(text):
     """Return text in one spelling of each sign, command, space, grouped number and mixed number."""
     if PLAIN.fullmatch(text):  # most golds are
@@ -188,7 +190,8 @@ TOKEN = re.compile(  # first a unit: texts or words that end an item. No other t
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 HEDGE = re.compile(  # a unit does not doubt, offer a choice or change the number
-    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|approx\w*|to"
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|around|roughly|nearly"
+    r"|almost|approx\w*|nor|to"
     r"|negative|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?"
     r"|thousands?|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
@@ -324,6 +327,7 @@ class Parser:
 
     def leaf(self):
         """Read a number, an expression or a text, with or without a unit; or brackets that are no factor."""
+        self.work += 1
         start, node = self.at, self.expression()
         end = self.at
         if self.next[:1] == " ":

@@ -94,12 +94,12 @@ def test_numbers_and_words_are_single_tokens(shipped):
     assert chat.tokenizer.decode(chat.tokenizer.encode(text).ids) == text
 
 
-def test_the_base_model_is_good_and_writes_loops(shipped):
+def test_the_base_model_is_good_and_writes_loops(shipped, tmp_path):
     """A base model whose accuracy leaves room to mistake better arithmetic for better economy. The
     bounds are loose, for 200 problems; README has the figures for 8,000."""
     model, chat = shipped
     heldout = load_problems(TINY / "heldout.jsonl")[:200]
     for n, least in ((1, 0.93), (4, 0.9)):
-        figures, _ = evaluate(model, chat, heldout, n, Settings(), "")
+        figures, _ = evaluate(model, chat, "tiny", heldout, n, Settings(), tmp_path / f"{n}.jsonl", "")
         assert figures["accuracy"] > least and figures["truncated"] == 0
         assert 60 < figures["tokens_per_problem"] < 100 and 2 < figures["loops_per_problem"] < 5
