@@ -68,8 +68,8 @@ def _boxed_answers(text, n):
         elif mark.re is LABEL:
             label, label_end = index, mark.end()
         else:  # A label owns the boxes of its line or, where that has none, the box that follows at once.
-            between = text[max(label_end, mark.start() - LABEL_REACH):mark.start()]
-            near = len(between) < LABEL_REACH
+            near = mark.start() - label_end < LABEL_REACH
+            between = text[label_end:mark.start()] if near else ""
             labelled = near and ("\n" not in between or MARKUP.fullmatch(between) is not None)
             boxes.setdefault((label if labelled else section, labelled), []).append(mark.end())
     answers = {}

@@ -652,6 +652,8 @@ EXTRACT = [
     (["5", "6"], "<think>Answer 1: \\boxed{5}\nAnswer 2: \\boxed{7}</think>\nAnswer 2: \\boxed{6}", "TT", "one by one"),
     (["5"], "<think>### Problem 1\nAnswer 1: \\boxed{5}</think>\n", "T", "nothing follows"),
     (["5"], "<think>### Problem 1\nAnswer 1: \\boxed{5}", "T", "the thinking was cut"),
+    (["6"], "<think>Answer 1: \\boxed{5}</think>\n### Problem 1\nSo \\boxed{6}" + " words\n" * 400, "T", "no label in a long reply"),
+    (["6", "7"], "### Problem 1\nSo \\boxed{6}\n### Problem 2\nSo \\boxed{7}" + " words\n" * 400, "TT", "no labels in a long text"),
 ]
 
 
