@@ -245,3 +245,34 @@ def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch
     done = bcr("--model", "bcr/tiny", "--steps", 0, "--eval-n", 1, "--eval-problems", 2, "--out", tmp_path / "out",
                env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)})
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_own_reward_and_verdicts_run(tmp_path):
+    """README's example of --reward, or of a task that is a JSONL file alone, that does not run as it stands."""
+    readme = (REPO / "README.md").read_text()
+    (tmp_path / "my_reward.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    verdict = next(line for line in readme.splitlines() if line.startswith("{") and "SWITCH" in line)
+    data = tmp_path / "verdicts.jsonl"
+    data.write_text(f"{verdict}\n" * 4)
+    _, score = bcr_module.load_reward(str(tmp_path / "my_reward.py"))
+    assert score("### Problem 1\nAnswer 1: \\boxed{101}\n### Problem 2\nAnswer 2: \\boxed{x}", ["100", "5"]).tolist() == [1, 0]
+    assert bcr_module.check(["### Problem 1\nAnswer 1: \\boxed{Switch}"], [["SWITCH"]]).tolist() == [[1]]
+    for more in ([], ["--reward", tmp_path / "my_reward.py"]):
+        done = bcr("--data", data, "--eval-data", data, "--n", 2, "--eval-n", 1, "--eval-problems", 2, "--steps", 1, "--groups", 1,
+                   "--samples", 2, "--out", tmp_path / f"out{len(more)}", *more)
+        assert done.returncode == 0, done.stderr
+        assert "1 problems of verdicts are in --data too" in done.stdout  # the mend of a study that flatters itself
+
+
+def test_running_out_of_memory_is_no_end(tmp_path):
+    """A run that dies, or comes to other results, on a machine with less memory: here one with 3 GB of
+    addresses, and passes that want more."""
+    quick = ["--n", 4, "--steps", 1, "--groups", 24, "--samples", 8, "--micro-tokens", 10**6, "--eval-n", 1, "--eval-problems", 2]
+    free = bcr(*quick, "--out", tmp_path / "free", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert free.returncode == 0 and "memory ran out" not in free.stdout
+    arguments = " ".join(map(str, [sys.executable, REPO / "bcr.py", *quick, "--out", tmp_path / "tight"]))
+    tight = subprocess.run(["bash", "-c", f"ulimit -v 2500000; OMP_NUM_THREADS=1 {arguments}"], capture_output=True, text=True, timeout=300)
+    assert tight.returncode == 0, tight.stderr
+    assert "memory ran out: going on with" in tight.stdout
+    ours, theirs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("tight", "free"))
+    assert ours["reward"] == theirs["reward"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
