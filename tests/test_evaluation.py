@@ -264,14 +264,27 @@ def test_the_readmes_own_reward_and_verdicts_run(tmp_path):
         assert "1 problems of verdicts are in --data too" in done.stdout  # the mend of a study that flatters itself
 
 
+MEASURED = """
+import runpy, sys
+sys.path.insert(0, {repo!r})
+runpy.run_path({repo!r} + "/bcr.py", run_name="__main__")
+print(open("/proc/self/status").read())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process's memory is read from /proc")
 def test_running_out_of_memory_is_no_end(tmp_path):
-    """A run that dies, or comes to other results, on a machine with less memory: here one with 3 GB of
-    addresses, and passes that want more."""
-    quick = ["--n", 4, "--steps", 1, "--groups", 24, "--samples", 8, "--micro-tokens", 10**6, "--eval-n", 1, "--eval-problems", 2]
-    free = bcr(*quick, "--out", tmp_path / "free", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """A run that dies, or comes to other results, on a machine with less memory: first one that takes what it
+    wants, then one that may have three quarters of that."""
+    def quick(out):
+        return ["--n", "4", "--steps", "1", "--groups", "16", "--samples", "8", "--micro-tokens", "1000000", "--eval-n", "1",
+                "--eval-problems", "2", "--out", str(tmp_path / out)]
+    alone = dict(capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    free = subprocess.run([sys.executable, "-c", MEASURED.format(repo=str(REPO)), *quick("free")], **alone)
     assert free.returncode == 0 and "memory ran out" not in free.stdout
-    arguments = " ".join(map(str, [sys.executable, REPO / "bcr.py", *quick, "--out", tmp_path / "tight"]))
-    tight = subprocess.run(["bash", "-c", f"ulimit -v 2500000; OMP_NUM_THREADS=1 {arguments}"], capture_output=True, text=True, timeout=300)
+    peak = int(next(line.split()[1] for line in free.stdout.splitlines() if line.startswith("VmPeak")))  # kB
+    arguments = " ".join([sys.executable, str(REPO / "bcr.py"), *quick("tight")])
+    tight = subprocess.run(["bash", "-c", f"ulimit -v {peak * 3 // 4}; {arguments}"], **alone)
     assert tight.returncode == 0, tight.stderr
     assert "memory ran out: going on with" in tight.stdout
     ours, theirs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("tight", "free"))
