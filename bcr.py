@@ -25,6 +25,7 @@ Letters in shapes: P prompts a step, G samples of each, N problems in a prompt, 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -34,6 +35,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
@@ -121,8 +124,8 @@ def parse_settings(argv):
     at_least = {"groups": 1, "samples": 2, "steps": 0, "updates": 1, "eval_problems": 1, "eval_samples": 1,
                 "seed": 0, "save_every": 1, "rows": 1, "micro_tokens": 1, "temperature": 0, "lr": 0}
     for name, least in at_least.items():
-        if not getattr(s, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, not {getattr(s, name)}")
+        if not getattr(s, name) >= least or name == "lr" and s.lr > 1:
+            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, not {getattr(s, name)}" + " and at most 1" * (name == "lr"))
     if s.temperature == 0 and s.steps and not s.solve:
         raise UserError("--temperature 0 gives a group of equal samples, which teaches nothing: use 1 for training")
     ns, _, _ = numbers(s, "n"), numbers(s, "budget", "n"), numbers(s, "eval_n")
@@ -164,6 +167,8 @@ def load_problems(path, answers=True):
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if len(line) > 10**6:
+            raise UserError(f"{path}, line {number}: {len(line)} characters are no problem but a whole file; should each problem have a line?")
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -177,6 +182,10 @@ def load_problems(path, answers=True):
             raise UserError(f"{path}, line {number}: no text in the field problem")
         if (answers or answer is not None) and (not isinstance(answer, str) or not answer.strip()):
             raise UserError(f"{path}, line {number}: no text or number in the field answer")
+        try:
+            (problem + (answer or "")).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no character") from None
         if isinstance(difficulty, bool) or not isinstance(difficulty, (int, float)) or not math.isfinite(difficulty):
             raise UserError(f"{path}, line {number}: difficulty should be a number")
         name = str(entry.get("id", number))
@@ -288,7 +297,10 @@ def load_chat(path):
     eos_ids = {tokenizer.token_to_id(special.get("eos_token") or "")}
     for name in ("config.json", "generation_config.json"):
         ids = settings[name].get("eos_token_id")
-        eos_ids |= set(ids) if isinstance(ids, list) else {ids}
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(i is None or isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise UserError(f"{path / name}: eos_token_id should be a token id or a list of them, not {ids}")
+        eos_ids |= set(ids)
     if not (eos_ids := sorted(eos_ids - {None})):
         raise UserError(f"{path} names no eos_token: a completion could not end")
     source = settings["tokenizer_config.json"].get("chat_template")
@@ -314,6 +326,34 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
 
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a template cannot ask for a number or a text of gigabytes either."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+        if operator == "**" and (sizes[0] > 1000 or sizes[1] > 100) or sizes[0] * sizes[1] > 10**9:
+            raise jinja2.sandbox.SecurityError(f"{operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError within, once the time is over."""
+
+    def over(number, frame):
+        raise TimeoutError(f"no end after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def chat_environment():
     """Jinja as transformers renders chat templates: sandboxed, for a template is code that comes
     with a download."""
@@ -321,7 +361,7 @@ def chat_environment():
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -335,8 +375,9 @@ def encode_chat(chat, message):
     if chat.template is None:
         return chat.tokenizer.encode(message + "\n\n").ids
     try:
-        text = chat.template.render(messages=[{"role": "user", "content": message}], tools=None, documents=None,
-                                    add_generation_prompt=True, **chat.special)
+        with time_limit(10):
+            text = chat.template.render(messages=[{"role": "user", "content": message}], tools=None, documents=None,
+                                        add_generation_prompt=True, **chat.special)
     except Exception as error:  # a template is a program: it may fail in any way
         raise UserError(f"the model's chat template fails: {error}") from None
     return chat.tokenizer.encode(text, add_special_tokens=False).ids  # the template has written them
@@ -815,7 +856,17 @@ def write_text(path, text):
     """Writes a file in one move: a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
     temporary.replace(path)
+
+
+def flush(path):
+    """Waits until a file, or the list of files of a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_lines(path, entries):
@@ -837,7 +888,9 @@ def write_model(out, model, source):
 def save_checkpoint(out, step, model, master, optimizer):
     """All that the step after `step` depends on, apart from out/settings.json: master weights and
     AdamW's state. The order of the data and every draw are functions of the settings and the step.
-    Written aside and renamed, then all but the last two are removed."""
+    Written aside, flushed and renamed, then all but the last two are removed: whenever the machine
+    stops, the last `checkpoint-*` is whole. Tensors are safetensors, the rest is JSON: loading it
+    executes nothing."""
     target = out / f"checkpoint-{step:06d}"
     temporary = out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -846,9 +899,12 @@ def save_checkpoint(out, step, model, master, optimizer):
     state = {f"{key}.{name}": value for name, weight in zip(names, master)
              for key, value in ({"weight": weight.detach()} | optimizer.state[weight]).items()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "state.safetensors")
+    flush(temporary / "state.safetensors")
     write_json(temporary / "state.json", {"step": step})
+    flush(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
+    flush(out)
     for old in sorted(out.glob("checkpoint-*"))[:-2]:
         shutil.rmtree(old)
 
@@ -858,7 +914,13 @@ def load_checkpoint(out, model, master, optimizer):
     checkpoints = sorted(out.glob("checkpoint-*"))
     if not checkpoints:
         return 0
-    state = load_file(checkpoints[-1] / "state.safetensors")
+    try:
+        state = load_file(checkpoints[-1] / "state.safetensors")
+        step = read_json(checkpoints[-1] / "state.json")["step"]
+        if (lacking := {f"weight.{name}" for name, _ in model.named_parameters()} - state.keys()):
+            raise KeyError(min(lacking))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoints[-1]} is damaged ({error}): remove it, and --resume takes the one before") from None
     for (name, computed), weight in zip(model.named_parameters(), master):
         with torch.no_grad():
             weight.copy_(state[f"weight.{name}"])
@@ -866,7 +928,63 @@ def load_checkpoint(out, model, master, optimizer):
         if f"step.{name}" in state:  # every group was equal so far: AdamW has no state
             optimizer.state[weight] = {key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
                                        for key in ("step", "exp_avg", "exp_avg_sq")}
-    return read_json(checkpoints[-1] / "state.json")["step"]
+    return step
+
+
+# ----------------------------------------------------------------------------------------------
+# What may go wrong
+
+
+@contextlib.contextmanager
+def undivided():
+    """What stands within is done whole: Ctrl-C and SIGTERM wait for its end."""
+    came = []
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came:
+        handlers[number](number, None)
+
+
+def on_signal(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def not_finite(model, master, loss):
+    """Names what in a step is not a finite number, "" where all is."""
+    for (name, _), weight in zip(model.named_parameters(), master):
+        if weight.grad is not None and not torch.isfinite(weight.grad).all():
+            return f"the gradient of {name}"
+    return "" if math.isfinite(loss) else "the loss"
+
+
+CUT = ("warning: {truncated:.0%} of the completions are cut by the budget of {budget} tokens; if the reward does not rise, "
+       "raise --budget or lower --n")
+EQUAL = ("warning: in {zero_variance:.0%} of the groups all samples earn the same, and teach nothing; if that lasts, "
+         "raise --samples, or take problems that are neither too easy nor too hard")
+NOTHING = ("warning: three steps without a single right answer; see whether the completions follow the format "
+           "(completions-before.txt), take easier problems, or raise --budget")
+COLLAPSE = ("warning: the entropy has fallen to {entropy:.4f} nats a token, less than a tenth of the first step's: completions "
+            "are nearly all alike, and little is left to learn from; lower --lr, or stop at an earlier checkpoint")
+
+
+def warnings(metrics):
+    """The ways in which such a run silently learns nothing, as sentences."""
+    last, three, ten = metrics[-1], metrics[-3:], metrics[-10:]
+    found = set()
+    if last["truncated"] > 0.95 and (last["accuracy"] < 0.1 or all(m["truncated"] > 0.95 for m in ten) and len(ten) == 10):
+        found.add(CUT)
+    if len(three) == 3 and all(m["zero_variance"] > 0.9 for m in three):
+        found.add(EQUAL)
+    if len(three) == 3 and all(m["accuracy"] == 0 for m in three):
+        found.add(NOTHING)
+    if last["entropy"] < (metrics[0]["entropy"] or 0) / 10:
+        found.add(COLLAPSE)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------
@@ -927,9 +1045,110 @@ def check_settings(s, model, chat, problems, benchmarks):
             print(f"warning: {len(shared)} problems of {name} are in --data too, so accuracy after training is flattered")
 
 
+def train(s, model, master, optimizer, chat, problems, score, out, first, metrics):
+    """Steps first + 1 to --steps of GRPO. On Ctrl-C or SIGTERM the last whole step is saved."""
+    ns, budgets = numbers(s, "n"), numbers(s, "budget", "n")
+    bar, warned, bad, done = progress(s.steps, "training"), set(), [], first
+    bar.update(first)
+    try:
+        for step in range(first + 1, s.steps + 1):
+            n, budget = ns[(step - 1) % len(ns)], budgets[(step - 1) % len(ns)]
+            groups = draw_groups(problems, n, s.seed, (step - 1) // len(ns) * s.groups, s.groups)  # (P, N)
+            golds = [[problems[i]["answer"] for i in group] for group in groups for _ in range(s.samples)]  # (R, N)
+            prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in group])) for group in groups]
+
+            # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
+            clock = time.time()
+            rollout = with_less_memory(lambda: generate(
+                model, prompts, s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature, seed=s.seed, step=step,
+                rows=s.rows), lambda: fewer_rows(s))
+            sampling_seconds = time.time() - clock
+            lengths = rollout.lengths.numpy()  # (R,)
+            completions = [row[:length].tolist() for row, length in zip(rollout.tokens, lengths)]
+            texts = decode(chat, completions)
+
+            # Reward = share of the N problems answered correctly; advantage = reward - mean of its group.
+            correct = check(texts, golds, score)  # (R, N)
+            rewards = correct.mean(axis=1) - s.length_penalty * lengths / budget  # (R,)
+            advantages = advantages_of(rewards.reshape(s.groups, s.samples), s.normalize_std)  # (P, G)
+            zero_variance = float((advantages == 0).all(axis=1).mean())
+
+            # Learn. Rows with advantage 0 have no gradient and are left out of the sum; the constant
+            # that divides it counts all P * G rows.
+            clock = time.time()
+            live = np.flatnonzero(advantages.reshape(-1))
+
+            def gradient():
+                return with_less_memory(lambda: accumulate_gradient(
+                    model, master, prompts, [r // s.samples for r in live], [completions[r] for r in live],
+                    [rollout.logprobs[r, : lengths[r]] for r in live], advantages.reshape(-1)[live],
+                    constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
+
+            loss, gap_mean, gap_max = gradient() if len(live) else (0.0, 0.0, 0.0)
+            grad_norm = 0.0
+            with undivided():  # a step is taken whole and written down, or not at all
+                cause = "" if rollout.logprobs.isfinite().all() else "what the model says of its own samples"
+                for update in range(s.updates if len(live) and not cause else 0):
+                    if update:
+                        loss, gap_mean, gap_max = gradient()
+                    if cause := not_finite(model, master, loss):
+                        break
+                    grad_norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip).item()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    with torch.no_grad():
+                        for ours, computed in zip(master, model.parameters()):
+                            if ours is not computed:
+                                computed.copy_(ours)
+                bad = bad + [f"{cause} in step {step} (problems {', '.join(problems[i]['id'] for i in groups[0])}, ...)"] if cause else []
+                if bad:
+                    bar.write(f"warning: {bad[-1]} is not finite: the step is skipped", file=sys.stdout)
+                    optimizer.zero_grad()
+                training_seconds = time.time() - clock
+
+                metrics.append({
+                    "step": step, "n": n, "budget": budget, "reward": rewards.mean(), "accuracy": correct.mean(),
+                    "accuracy_by_position": correct.mean(axis=0).tolist(),
+                    "tokens_per_problem": lengths.mean() / n, "truncated": rollout.truncated.double().mean().item(),
+                    "zero_variance": zero_variance, "loops_per_problem": sum(map(wait_loops, texts)) / correct.size,
+                    # The mean of -logprob over what was sampled estimates the entropy of a token, unbiased.
+                    "entropy": -rollout.logprobs.double().sum().item() / lengths.sum(),
+                    "loss": loss, "grad_norm": grad_norm, "skipped": bool(bad), "logprob_gap": gap_mean, "logprob_gap_max": gap_max,
+                    "sampling_seconds": sampling_seconds, "training_seconds": training_seconds,
+                    "tokens_per_second": lengths.sum() / (sampling_seconds + training_seconds),
+                })
+                with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                                           for key, value in metrics[-1].items()}) + "\n")  # JSON knows no NaN
+                done = step
+            m = metrics[-1]
+            bar.write(f"step {step:>{len(str(s.steps))}}/{s.steps}" + (f"  N {n}" if len(ns) > 1 else "") +
+                      f"  reward {m['reward']:.3f}  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
+                      f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  {sampling_seconds + training_seconds:.1f} s",
+                      file=sys.stdout)
+            sys.stdout.flush()
+            for warning in warnings(metrics) - warned:
+                bar.write(warning.format(**m), file=sys.stdout)
+                warned.add(warning)
+            bar.update()
+            if len(bad) == 3:
+                raise UserError(f"three steps in a row were not finite: {'; '.join(bad)}. The last checkpoint in {out} is from before; "
+                                "go on from it with a lower --lr, or look at these problems and at the model's weights")
+            if not bad and (step % s.save_every == 0 or step == s.steps):
+                with undivided():
+                    save_checkpoint(out, step, model, master, optimizer)
+    except KeyboardInterrupt:
+        if not bad:
+            with undivided():
+                save_checkpoint(out, done, model, master, optimizer)
+            print(f"saved step {done} in {out}", flush=True)
+        raise
+    finally:
+        bar.close()
+
+
 def run(s):
     started = time.time()
-    ns, budgets = numbers(s, "n"), numbers(s, "budget", "n")
     problems, benchmarks, (_, score) = load_problems(s.data), load_benchmarks(s), load_reward(s.reward)
     model, chat, about = load(s)
     # Float32 master weights: the model's own if it is computed in float32, else copies.
@@ -938,7 +1157,7 @@ def run(s):
     check_settings(s, model, chat, problems, benchmarks)
     out = open_out(s)
     print(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; writing to {out}", flush=True)
-    results, metrics, warned = {"settings": dataclasses.asdict(s), "before": {}, "after": {}, "change": {}}, [], set()
+    results, metrics = {"settings": dataclasses.asdict(s), "before": {}, "after": {}, "change": {}}, []
 
     def evaluate_all(stage, step):
         found = {}
@@ -962,75 +1181,7 @@ def run(s):
         print(f"going on from step {first} in {out}", flush=True)
 
     # --- training
-    bar = progress(s.steps, "training")
-    bar.update(first)
-    for step in range(first + 1, s.steps + 1):
-        n, budget = ns[(step - 1) % len(ns)], budgets[(step - 1) % len(ns)]
-        groups = draw_groups(problems, n, s.seed, (step - 1) // len(ns) * s.groups, s.groups)  # (P, N)
-        golds = [[problems[i]["answer"] for i in group] for group in groups for _ in range(s.samples)]  # (R, N)
-        prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in group])) for group in groups]
-
-        # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
-        clock = time.time()
-        rollout = with_less_memory(lambda: generate(
-            model, prompts, s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature, seed=s.seed, step=step,
-            rows=s.rows), lambda: fewer_rows(s))
-        sampling_seconds = time.time() - clock
-        lengths = rollout.lengths.numpy()  # (R,)
-        completions = [row[:length].tolist() for row, length in zip(rollout.tokens, lengths)]
-        texts = decode(chat, completions)
-
-        # Reward = share of the N problems answered correctly; advantage = reward - mean of its group.
-        correct = check(texts, golds, score)  # (R, N)
-        rewards = correct.mean(axis=1) - s.length_penalty * lengths / budget  # (R,)
-        advantages = advantages_of(rewards.reshape(s.groups, s.samples), s.normalize_std)  # (P, G)
-        zero_variance = float((advantages == 0).all(axis=1).mean())
-
-        # Learn. Rows with advantage 0 have no gradient and are left out of the sum; the constant
-        # that divides it counts all P * G rows.
-        clock = time.time()
-        live = np.flatnonzero(advantages.reshape(-1))
-        loss = gap_mean = gap_max = grad_norm = 0.0
-        for _ in range(s.updates if len(live) else 0):
-            loss, gap_mean, gap_max = with_less_memory(lambda: accumulate_gradient(
-                model, master, prompts, [r // s.samples for r in live], [completions[r] for r in live],
-                [rollout.logprobs[r, : lengths[r]] for r in live], advantages.reshape(-1)[live],
-                constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
-            grad_norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for ours, computed in zip(master, model.parameters()):
-                    if ours is not computed:
-                        computed.copy_(ours)
-        training_seconds = time.time() - clock
-
-        metrics.append({
-            "step": step, "n": n, "budget": budget, "reward": rewards.mean(), "accuracy": correct.mean(),
-            "accuracy_by_position": correct.mean(axis=0).tolist(),
-            "tokens_per_problem": lengths.mean() / n, "truncated": rollout.truncated.double().mean().item(),
-            "zero_variance": zero_variance, "loops_per_problem": sum(map(wait_loops, texts)) / correct.size,
-            # The mean of -logprob over what was sampled estimates the entropy of a token, unbiased.
-            "entropy": -rollout.logprobs.double().sum().item() / lengths.sum(),
-            "loss": loss, "grad_norm": grad_norm, "logprob_gap": gap_mean, "logprob_gap_max": gap_max,
-            "sampling_seconds": sampling_seconds, "training_seconds": training_seconds,
-            "tokens_per_second": lengths.sum() / (sampling_seconds + training_seconds),
-        })
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics[-1]) + "\n")
-        m = metrics[-1]
-        bar.write(f"step {step:>{len(str(s.steps))}}/{s.steps}" + (f"  N {n}" if len(ns) > 1 else "") +
-                  f"  reward {m['reward']:.3f}  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
-                  f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  {sampling_seconds + training_seconds:.1f} s",
-                  file=sys.stdout)
-        sys.stdout.flush()
-        for warning in warnings(metrics) - warned:
-            bar.write(warning.format(**m), file=sys.stdout)
-            warned.add(warning)
-        bar.update()
-        if step % s.save_every == 0 or step == s.steps:
-            save_checkpoint(out, step, model, master, optimizer)
-    bar.close()
+    train(s, model, master, optimizer, chat, problems, score, out, first, metrics)
 
     # --- after training
     if s.steps:
@@ -1043,23 +1194,6 @@ def run(s):
     print("\n" + table(results))
     print(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt, evaluation/"
           + (", model/ (a Hugging Face directory)" if s.steps else ""))
-
-
-CUT = ("warning: {truncated:.0%} of the completions are cut by the budget of {budget} tokens; if the reward does not rise, "
-       "raise --budget or lower --n")
-EQUAL = ("warning: in {zero_variance:.0%} of the groups all samples earn the same, and teach nothing; if that lasts, "
-         "raise --samples, or take problems that are neither too easy nor too hard")
-
-
-def warnings(metrics):
-    """The two ways in which such a run silently learns nothing, as sentences."""
-    last = metrics[-1]
-    found = set()
-    if last["truncated"] > 0.95 and (last["accuracy"] < 0.1 or all(m["truncated"] > 0.95 for m in metrics[-10:]) and len(metrics) >= 10):
-        found.add(CUT)
-    if len(metrics) >= 3 and all(m["zero_variance"] > 0.9 for m in metrics[-3:]):
-        found.add(EQUAL)
-    return found
 
 
 def open_out(s):
@@ -1089,15 +1223,23 @@ def open_out(s):
 
 
 def main(argv=None):
+    s = None
+    signal.signal(signal.SIGTERM, on_signal)  # a machine that is taken away says so first
+    signal.signal(signal.SIGINT, on_signal)
     try:
         s = parse_settings(argv)
         solve(s) if s.solve else run(s)
     except UserError as error:
         print(f"bcr.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; go on from the last checkpoint with the same flags and --resume --out DIR", file=sys.stderr)
-        sys.exit(130)
+    except (OSError, SafetensorError) as error:  # a full disk, a directory that is gone
+        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+        print(f"bcr.py: error: {getattr(error, 'strerror', None) or error}{where}: what was written before is whole; mend it, and go on with "
+              "the same flags and --resume --out DIR", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print("\nstopped; go on with the same flags and --resume --out DIR", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 if __name__ == "__main__":

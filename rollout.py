@@ -168,6 +168,7 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = noise[:n].gather(1, count[:n, None]) * cdf[:, -1:]  # the sum is 1 but for rounding
             token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
+            token = token.clamp(max=logp.shape[-1] - 1)  # none does if the model's numbers are not finite
         else:
             token = logp.argmax(-1, keepdim=True)
         tokens[:n].scatter_(1, count[:n, None], token)
