@@ -8,6 +8,7 @@ nothing else in this file asks it to.
     python bcr.py --n 1 --budget 512           plain GRPO: one problem, a budget that cuts no one
     python bcr.py --n 4 --steps 0              only evaluate
     python bcr.py --n 4 --solve FILE.jsonl     answer the problems of a file, 4 a prompt
+    torchrun --nproc-per-node 8 bcr.py ...     the same on eight GPUs, or on CPU cores
     python bcr.py --n 3 --model DIR --data FILE.jsonl --eval-data FILE.jsonl --budget 5120 --lr 1e-6
 
 It reads from top to bottom: settings, data, prompts, rewards and advantages, loss, evaluation,
@@ -47,6 +48,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -55,7 +57,7 @@ from tqdm import tqdm
 
 from model import Transformer, UserError, read_json
 from reward import extract_answers, score
-from rollout import Past, generate, prefill
+from rollout import Past, Rollout, generate, prefill
 
 HERE = Path(__file__).resolve().parent
 
@@ -497,7 +499,7 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
     tokens that the step could have sampled), so its gradients add up to those of the whole:
     nothing depends on how the rows were split. A prompt is computed once for all its rows: its
     keys and values gather the gradients of the rows, and pass them on at the end. Returns the loss
-    and the gaps |logprob here - logprob in the sampler|, mean and largest: 0 but for rounding."""
+    and the gaps |logprob here - logprob in the sampler|, their sum and the largest: 0 but for rounding."""
 
     def gather():  # bfloat16 gradients are summed in float32
         for ours, computed in zip(master, model.parameters()):
@@ -505,7 +507,9 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
                 ours.grad = computed.grad.float() if ours.grad is None else ours.grad + computed.grad
                 computed.grad = None
 
-    total, gaps = 0.0, []
+    total, gaps = 0.0, [torch.zeros(1, device=model.device)]
+    if not completions:
+        return 0.0, 0.0, 0.0
     with torch.no_grad():
         prefix = prefill(model, prompts)
     shared = [kv.requires_grad_() for kv in prefix.k + prefix.v]  # (P, K, T, D) each
@@ -526,7 +530,7 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
             torch.autograd.backward(part.k + part.v, [kv.grad[rows, :, :length] for kv in shared])
             gather()
     gaps = torch.cat(gaps)
-    return total, gaps.mean().item(), gaps.max().item()
+    return total, gaps.sum().item(), gaps.max().item()
 
 
 def with_less_memory(work, shrink):
@@ -600,20 +604,31 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
     is a function of its place, a run that was stopped ends as if it had not been.
     mark(p, ids, text): what else belongs into the record."""
     records, total, told = {}, len(groups) * samples, time.time()
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+
+    def collect():
+        """Reads what each rank wrote, leaves it to rank 0 to make one file of it, in order."""
+        parts = sorted(path.parent.glob(f"{path.name}.rank*"))
+        for line in "".join(part.read_text(encoding="utf-8") + "\n" for part in [path, *parts] if part.exists()).splitlines():
             try:
                 record = json.loads(line)
             except ValueError:  # the line at which the run was stopped
                 continue
             records[record["prompt"], record["sample"]] = record
-    path.parent.mkdir(exist_ok=True)
-    write_lines(path, records.values())
-    with progress(total, title) as bar, open(path, "a", encoding="utf-8") as file:
+        of_all_ranks(None)  # all have read
+        if RANK == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_lines(path, [records[key] for key in sorted(records)])
+            for part in parts:
+                part.unlink()
+        of_all_ranks(None)
+
+    collect()
+    own = path.with_name(f"{path.name}.rank{RANK}")
+    with progress(total, title) as bar, open(own, "a", encoding="utf-8") as file:
         bar.update(len(records))
 
         def sample_missing():
-            missing = [p for p in range(len(groups)) if any((p, g) not in records for g in range(samples))]
+            missing = [p for p in range(len(groups)) if any((p, g) not in records for g in range(samples)) and p % RANKS == RANK]
 
             def keep(row, ids, truncated):
                 nonlocal told
@@ -626,7 +641,7 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
                 bar.update()
                 if bar.disable and time.time() - told > 60:
                     told = time.time()
-                    print(f"{title}: {len(records)} of {total} completions", flush=True)
+                    say(f"{title}: {len(records)} of {total} completions" + f" on the first of {RANKS} processes" * (RANKS > 1))
 
             if missing:
                 prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
@@ -634,9 +649,9 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
                          step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=s.rows, on_finished=keep)
 
         with_less_memory(sample_missing, lambda: fewer_rows(s))
-    records = [records[key] for key in sorted(records)]
-    write_lines(path, records)
-    return records
+    of_all_ranks(None)  # all have written
+    collect()
+    return [records[key] for key in sorted(records)]
 
 
 def evaluate(model, chat, name, problems, n, s, path, title, score=score):
@@ -675,7 +690,7 @@ def evaluate(model, chat, name, problems, n, s, path, title, score=score):
         "problems": len(problems),
         "samples": s.eval_samples,
     }
-    print(f"{title}, {name}, N = {n}: {figures['accuracy']:.1%} right, {figures['tokens_per_problem']:.1f} tokens a problem", flush=True)
+    say(f"{title}, {name}, N = {n}: {figures['accuracy']:.1%} right, {figures['tokens_per_problem']:.1f} tokens a problem")
     return figures, records
 
 
@@ -707,7 +722,7 @@ def decode(chat, ids):
 
 def progress(total, title):
     """A bar on a terminal; elsewhere nothing, for the lines that are printed tell enough."""
-    return tqdm(total=total, desc=title, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=total, desc=title, leave=False, disable=RANK > 0 or not sys.stderr.isatty())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -813,8 +828,8 @@ def solve(s):
     problems, (n,), (budget,) = load_problems(s.solve, answers=False), numbers(s, "n"), numbers(s, "budget")
     extract, score = load_reward(s.reward)
     model, chat, about = load(s)
-    out, started = open_out(s), time.time()
-    print(f"{about}; {len(problems)} problems to solve; writing to {out}", flush=True)
+    out, started = of_all_ranks(open_out(s) if RANK == 0 else None)[0], time.time()
+    say(f"{about}; {len(problems)} problems to solve; writing to {out}")
     entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""} for p in problems]
     waiting, size, rounds, tokens = list(range(len(problems))), n, 0, 0
     while waiting and size:
@@ -832,16 +847,18 @@ def solve(s):
                     entries[i]["correct"] = check([record["completion"]], [golds], score)[0, group.index(i)]
         waiting = [i for i in waiting if entries[i]["answer"] is None]
         size //= 2
-    write_lines(out / "answers.jsonl", entries)
+    if RANK == 0:
+        write_lines(out / "answers.jsonl", entries)
     marks, seconds = [e["correct"] for e in entries if "correct" in e], time.time() - started
     summary = {"problems": len(problems), "n": n, "budget": budget, "tokens_per_problem": tokens / len(problems),
                "problems_per_second": len(problems) / seconds, "seconds": seconds, "again": sum(e["rounds"] > 1 for e in entries),
                "unanswered": len(waiting), "accuracy": np.mean(marks) if marks else None}
-    write_json(out / "results.json", summary)
-    print("\nproblems | N | budget | tokens / problem | problems / second | asked again | unanswered | right")
-    print(f"{len(problems):>8} | {n} | {budget:>6} | {summary['tokens_per_problem']:>16.1f} | {summary['problems_per_second']:>17.2f} | "
+    if RANK == 0:
+        write_json(out / "results.json", summary)
+    say("\nproblems | N | budget | tokens / problem | problems / second | asked again | unanswered | right")
+    say(f"{len(problems):>8} | {n} | {budget:>6} | {summary['tokens_per_problem']:>16.1f} | {summary['problems_per_second']:>17.2f} | "
           f"{summary['again']:>11} | {len(waiting):>10} | " + (f"{summary['accuracy']:.1%}" if marks else "unknown"))
-    print(f"In {out}: answers.jsonl, results.json")
+    say(f"In {out}: answers.jsonl, results.json")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -932,6 +949,60 @@ def load_checkpoint(out, model, master, optimizer):
 
 
 # ----------------------------------------------------------------------------------------------
+# Several processes: torchrun starts K of them. Every draw is a function of (seed, step, prompt, sample,
+# token), so K processes sample what one would; each samples its share of the prompts, all of them learn
+# from a share of the completions, and the sum of their gradients is the one process's gradient.
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def of_all_ranks(value):
+    """The values of all ranks, in their order: a list of K, the same on each."""
+    if RANKS == 1:
+        return [value]
+    values = [None] * RANKS
+    dist.all_gather_object(values, value)
+    return values
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def sum_gradients(master):
+    """Adds up the gradients of all ranks, in place."""
+    for weight in master if RANKS > 1 else ():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        dist.all_reduce(weight.grad)
+
+
+def joined(parts, samples):
+    """The rollout of all prompts, in their order. parts[k] is that of the prompts k, k + K, k + 2K, ..."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.tokens.shape[1] for part in parts if part)
+    order = [(row // samples * len(parts) + k, row % samples, k, row) for k, part in enumerate(parts) if part
+             for row in range(len(part.lengths))]
+
+    def field(name):
+        rows = [getattr(parts[k], name)[row] for _, _, k, row in sorted(order)]
+        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) if row.dim() else row for row in rows])
+
+    return Rollout(*map(field, ("tokens", "logprobs", "lengths", "truncated")))
+
+
+def shares(costs):
+    """Divides jobs among the ranks so that each has about the same cost, dearest first: K lists."""
+    parts, loads = [[] for _ in range(RANKS)], [0.0] * RANKS
+    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
+        least = loads.index(min(loads))
+        parts[least].append(job)
+        loads[least] += costs[job]
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------
 # What may go wrong
 
 
@@ -999,6 +1070,11 @@ def load(s):
         raise UserError(f"--dtype {dtype} is not supported: use float32 or bfloat16")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device} is not to be had on this machine: use cpu")
+    if RANKS > 1 and not dist.is_initialized():
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     chat = load_chat(find_model(s.model))
     model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
     if chat.tokenizer.get_vocab_size() > model.config.vocab_size:
@@ -1042,7 +1118,7 @@ def check_settings(s, model, chat, problems, benchmarks):
                             f"(about {need} tokens): raise --budget or lower --n")
     for name, of_name in benchmarks.items():
         if shared := {p["problem"] for p in problems} & {p["problem"] for p in of_name}:
-            print(f"warning: {len(shared)} problems of {name} are in --data too, so accuracy after training is flattered")
+            say(f"warning: {len(shared)} problems of {name} are in --data too, so accuracy after training is flattered")
 
 
 def train(s, model, master, optimizer, chat, problems, score, out, first, metrics):
@@ -1050,6 +1126,12 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
     ns, budgets = numbers(s, "n"), numbers(s, "budget", "n")
     bar, warned, bad, done = progress(s.steps, "training"), set(), [], first
     bar.update(first)
+
+    def tell(line):
+        if RANK == 0:
+            bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
     try:
         for step in range(first + 1, s.steps + 1):
             n, budget = ns[(step - 1) % len(ns)], budgets[(step - 1) % len(ns)]
@@ -1059,9 +1141,11 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
             # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
             clock = time.time()
-            rollout = with_less_memory(lambda: generate(
-                model, prompts, s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature, seed=s.seed, step=step,
-                rows=s.rows), lambda: fewer_rows(s))
+            mine = range(RANK, len(prompts), RANKS)  # the prompts of this rank
+            part = with_less_memory(lambda: generate(
+                model, [prompts[p] for p in mine], s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature,
+                seed=s.seed, step=step, prompt_keys=mine, rows=s.rows), lambda: fewer_rows(s)) if mine else None
+            rollout = joined(of_all_ranks(part), s.samples)
             sampling_seconds = time.time() - clock
             lengths = rollout.lengths.numpy()  # (R,)
             completions = [row[:length].tolist() for row, length in zip(rollout.tokens, lengths)]
@@ -1078,11 +1162,19 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
             clock = time.time()
             live = np.flatnonzero(advantages.reshape(-1))
 
+            # Each rank takes whole groups, of about as many tokens as the others.
+            tokens = np.bincount(live // s.samples, lengths[live], minlength=len(prompts))
+            mine = np.flatnonzero(np.isin(np.arange(len(completions)) // s.samples, shares(tokens)[RANK]))
+            mine = mine[np.isin(mine, live)]
+
             def gradient():
-                return with_less_memory(lambda: accumulate_gradient(
-                    model, master, prompts, [r // s.samples for r in live], [completions[r] for r in live],
-                    [rollout.logprobs[r, : lengths[r]] for r in live], advantages.reshape(-1)[live],
+                found = with_less_memory(lambda: accumulate_gradient(
+                    model, master, prompts, [r // s.samples for r in mine], [completions[r] for r in mine],
+                    [rollout.logprobs[r, : lengths[r]] for r in mine], advantages.reshape(-1)[mine],
                     constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
+                sum_gradients(master)
+                loss, gap_sum, gap_max = zip(*of_all_ranks(found))
+                return sum(loss), sum(gap_sum) / lengths[live].sum(), max(gap_max)
 
             loss, gap_mean, gap_max = gradient() if len(live) else (0.0, 0.0, 0.0)
             grad_norm = 0.0
@@ -1102,7 +1194,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                                 computed.copy_(ours)
                 bad = bad + [f"{cause} in step {step} (problems {', '.join(problems[i]['id'] for i in groups[0])}, ...)"] if cause else []
                 if bad:
-                    bar.write(f"warning: {bad[-1]} is not finite: the step is skipped", file=sys.stdout)
+                    tell(f"warning: {bad[-1]} is not finite: the step is skipped")
                     optimizer.zero_grad()
                 training_seconds = time.time() - clock
 
@@ -1117,18 +1209,16 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                     "sampling_seconds": sampling_seconds, "training_seconds": training_seconds,
                     "tokens_per_second": lengths.sum() / (sampling_seconds + training_seconds),
                 })
-                with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8") as file:
                     file.write(json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
                                            for key, value in metrics[-1].items()}) + "\n")  # JSON knows no NaN
                 done = step
             m = metrics[-1]
-            bar.write(f"step {step:>{len(str(s.steps))}}/{s.steps}" + (f"  N {n}" if len(ns) > 1 else "") +
-                      f"  reward {m['reward']:.3f}  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
-                      f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  {sampling_seconds + training_seconds:.1f} s",
-                      file=sys.stdout)
-            sys.stdout.flush()
+            tell(f"step {step:>{len(str(s.steps))}}/{s.steps}" + (f"  N {n}" if len(ns) > 1 else "") +
+                 f"  reward {m['reward']:.3f}  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['loops_per_problem']:.2f}  "
+                 f"cut {m['truncated']:4.0%}  equal groups {zero_variance:4.0%}  {sampling_seconds + training_seconds:.1f} s")
             for warning in warnings(metrics) - warned:
-                bar.write(warning.format(**m), file=sys.stdout)
+                tell(warning.format(**m))
                 warned.add(warning)
             bar.update()
             if len(bad) == 3:
@@ -1136,12 +1226,13 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                                 "go on from it with a lower --lr, or look at these problems and at the model's weights")
             if not bad and (step % s.save_every == 0 or step == s.steps):
                 with undivided():
-                    save_checkpoint(out, step, model, master, optimizer)
+                    if RANK == 0:
+                        save_checkpoint(out, step, model, master, optimizer)
     except KeyboardInterrupt:
-        if not bad:
+        if not bad and RANK == 0:
             with undivided():
                 save_checkpoint(out, done, model, master, optimizer)
-            print(f"saved step {done} in {out}", flush=True)
+            say(f"saved step {done} in {out}")
         raise
     finally:
         bar.close()
@@ -1155,8 +1246,8 @@ def run(s):
     master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
     check_settings(s, model, chat, problems, benchmarks)
-    out = open_out(s)
-    print(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; writing to {out}", flush=True)
+    out = of_all_ranks(open_out(s) if RANK == 0 else None)[0]
+    say(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; writing to {out}")
     results, metrics = {"settings": dataclasses.asdict(s), "before": {}, "after": {}, "change": {}}, []
 
     def evaluate_all(stage, step):
@@ -1167,8 +1258,9 @@ def run(s):
                 figures, records = evaluate(model, chat, name, of_name, n, s, path, f"{stage} training", score)
                 results[stage].setdefault(name, {})[str(n)] = figures
                 found.setdefault(name, {})[str(n)] = of_name, records
-        write_completions(out / f"completions-{stage}.txt", found)
-        write_json(out / "results.json", results)
+        if RANK == 0:
+            write_completions(out / f"completions-{stage}.txt", found)
+            write_json(out / "results.json", results)
         return found
 
     # --- before training; a resumed run reads what it has found
@@ -1177,8 +1269,9 @@ def run(s):
     if s.resume:
         if (out / "metrics.jsonl").exists():  # a line a step; what was written after the checkpoint comes again
             metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:first]]
-        write_lines(out / "metrics.jsonl", metrics)
-        print(f"going on from step {first} in {out}", flush=True)
+        if RANK == 0:
+            write_lines(out / "metrics.jsonl", metrics)
+        say(f"going on from step {first} in {out}")
 
     # --- training
     train(s, model, master, optimizer, chat, problems, score, out, first, metrics)
@@ -1187,13 +1280,15 @@ def run(s):
     if s.steps:
         after = evaluate_all("after", max(first, s.steps))
         results["change"] = {name: {n: change(of_name[n][1], after[name][n][1]) for n in of_name} for name, of_name in before.items()}
-        write_model(out / "model", model, chat.path)
     results["seconds"] = time.time() - started
-    write_json(out / "results.json", results)
-    plot(out / "results.png", results, metrics)
-    print("\n" + table(results))
-    print(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt, evaluation/"
-          + (", model/ (a Hugging Face directory)" if s.steps else ""))
+    if RANK == 0:
+        if s.steps:
+            write_model(out / "model", model, chat.path)
+        write_json(out / "results.json", results)
+        plot(out / "results.png", results, metrics)
+        say("\n" + table(results))
+        say(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt, evaluation/"
+            + (", model/ (a Hugging Face directory)" if s.steps else ""))
 
 
 def open_out(s):
@@ -1228,9 +1323,15 @@ def main(argv=None):
     signal.signal(signal.SIGINT, on_signal)
     try:
         s = parse_settings(argv)
+        if RANKS > 1 and not s.out:
+            raise UserError("several processes need --out, so that torchrun's restart finds the run")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (Path(s.out) / "settings.json").is_file():
+            s.resume = True  # a process died, and torchrun has started all of them again
         solve(s) if s.solve else run(s)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
-        print(f"bcr.py: error: {error}", file=sys.stderr)
+        print(f"bcr.py: error: {error}" + f" (process {RANK} of {RANKS})" * (RANKS > 1), file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as error:  # a full disk, a directory that is gone
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""
