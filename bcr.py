@@ -1074,7 +1074,10 @@ def load(s):
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # A restart must not find the addresses that the processes before it have left in torchrun's store.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of process group {os.environ.get('TORCHELASTIC_RUN_ID')}"
+        store, *_ = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=RANK, world_size=RANKS)
     chat = load_chat(find_model(s.model))
     model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
     if chat.tokenizer.get_vocab_size() > model.config.vocab_size:
