@@ -12,7 +12,7 @@ nothing else in this file asks it to.
     python bcr.py --n 3 --model DIR --data FILE.jsonl --eval-data FILE.jsonl --budget 5120 --lr 1e-6
 
 It reads from top to bottom: settings, data, prompts, rewards and advantages, loss, evaluation,
-report, solving, files, loop. The algorithm is GRPO (arXiv 2402.03300) with these parts left out:
+report, solving, files, several processes, what may go wrong, and the loop (`train`). The algorithm is GRPO (arXiv 2402.03300) with these parts left out:
 
 - No KL term and no reference model: rewards that are checked need no leash.
 - No division by response length: each sequence's own mean would itself reward or punish length
@@ -604,6 +604,7 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
     is a function of its place, a run that was stopped ends as if it had not been.
     mark(p, ids, text): what else belongs into the record."""
     records, total, told = {}, len(groups) * samples, time.time()
+    room = dataclasses.replace(s)  # where this budget leaves room for fewer rows, training keeps its own
 
     def collect():
         """Reads what each rank wrote, leaves it to rank 0 to make one file of it, in order."""
@@ -646,9 +647,9 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
             if missing:
                 prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
                 generate(model, prompts, samples, budget, eos_ids=chat.eos_ids, temperature=temperature, seed=s.seed,
-                         step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=s.rows, on_finished=keep)
+                         step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=room.rows, on_finished=keep)
 
-        with_less_memory(sample_missing, lambda: fewer_rows(s))
+        with_less_memory(sample_missing, lambda: fewer_rows(room))
     of_all_ranks(None)  # all have written
     collect()
     return [records[key] for key in sorted(records)]
