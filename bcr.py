@@ -608,7 +608,7 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
 
     def collect():
         """Reads what each rank wrote, leaves it to rank 0 to make one file of it, in order."""
-        parts = sorted(path.parent.glob(f"{path.name}.rank*"))
+        parts = sorted(part for part in path.parent.glob("*.rank*") if part.name.startswith(f"{path.name}.rank"))
         for line in "".join(part.read_text(encoding="utf-8") + "\n" for part in [path, *parts] if part.exists()).splitlines():
             try:
                 record = json.loads(line)
