@@ -1,10 +1,14 @@
 """What several test files share: the repo on the path, the shipped model, small random models."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Tests run side by side: more threads than one for each would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
