@@ -358,7 +358,7 @@ class Transformer(nn.Module):
                         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                             raise UserError(f"{file}: {name} has type {tensor.dtype}; quantised "
                                             "checkpoints are not supported")
-                        if not torch.isfinite(tensor).all():
+                        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
                             raise UserError(f"{file}: {name} has values that are not finite numbers: the checkpoint is damaged")
                         tensors[name] = tensor.to(dtype)
             except (SafetensorError, OSError) as error:

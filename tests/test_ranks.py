@@ -102,7 +102,7 @@ def test_ranks_share_tokens_and_join_in_order(monkeypatch):
     monkeypatch.setattr("bcr.RANKS", 3)
     parts = shares([10, 900, 30, 500, 400, 20])
     assert sorted(sum(parts, [])) == list(range(6))
-    assert parts == [[1], [3, 0], [4, 2, 5]]
+    assert parts == [[1], [3], [4, 2, 5, 0]]
     rollouts = [Rollout(torch.full((2 * prompts, width), k), torch.zeros(2 * prompts, width), torch.full((2 * prompts,), width),
                         torch.zeros(2 * prompts, dtype=torch.bool)) for k, prompts, width in ((0, 2, 3), (1, 2, 5), (2, 1, 4))]
     whole = joined(rollouts, 2)
