@@ -106,9 +106,9 @@ class Settings:
     # The machine
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on cuda; master weights are float32 always")
-    rows: int = flag(256, "completions sampled at a time: what the key/value cache has room for; halved when memory runs out")
-    micro_tokens: int = flag(16384, "tokens, padding included, in one forward and backward pass; halved when memory runs out")
-    checkpointing: bool = flag(False, "compute activations twice instead of keeping them; on by itself when memory runs out")
+    rows: int = flag(256, "most completions sampled at a time; fewer where the key/value cache would not fit the free memory")
+    micro_tokens: int = flag(16384, "most tokens, padding included, in one forward and backward pass; fewer where they would not fit the free memory")
+    checkpointing: bool = flag(False, "compute activations twice instead of keeping them; on by itself where memory is short")
 
 
 def parse_settings(argv):
@@ -549,6 +549,43 @@ def with_less_memory(work, shrink):
             torch.cuda.empty_cache()
 
 
+def free_memory(device):
+    """Bytes that this process may still take; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        free = next(1024 * int(line.split()[1]) for line in open("/proc/meminfo", encoding="utf-8") if line.startswith("MemAvailable"))
+        return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def rows_that_fit(model, rows, tokens, free=None):
+    """As many of `rows` rows of `tokens` tokens as four fifths of the free memory hold: of each its
+    keys and values, and four times its V numbers (logits, probabilities, their sums)."""
+    c = model.config
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize * tokens
+    free = free_memory(model.device) if free is None else free
+    return max(1, min(rows, math.floor(min(0.8 * free / (cache + 24 * c.vocab_size), rows))))
+
+
+def activation_bytes(model):
+    """What a token keeps for the backward pass, by the sizes of what each layer makes (measured on
+    the two models of README: within 15%)."""
+    c = model.config
+    layer = 4 * c.intermediate_size + 14 * c.hidden_size + 4 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    layers = 3 * c.num_hidden_layers * c.hidden_size + layer if model.checkpointing else c.num_hidden_layers * layer
+    return model.dtype.itemsize * layers
+
+
+def passes_that_fit(model, master, s, free=None):
+    """Does what smaller_passes does before memory runs out, as far as it can be foreseen."""
+    gradients_and_adamw = sum(12 * weight.numel() for weight in master) + (model.dtype != torch.float32) * sum(2 * p.numel() for p in model.parameters())
+    free = 0.8 * (free_memory(model.device) if free is None else free) - gradients_and_adamw - 3 * 4 * 2**26  # of token_logprobs' chunk
+    while s.micro_tokens > 256 and s.micro_tokens * activation_bytes(model) > free:
+        say(f"memory for {s.micro_tokens} tokens in a pass may not be there: {smaller_passes(model, master, s)}")
+
+
 def fewer_rows(s):
     s.rows //= 2
     return f"going on with --rows {s.rows}" if s.rows else ""
@@ -647,7 +684,8 @@ def sample_records(model, chat, problems, groups, samples, budget, temperature, 
             if missing:
                 prompts = [encode_chat(chat, batch_prompt([problems[i]["problem"] for i in groups[p]])) for p in missing]
                 generate(model, prompts, samples, budget, eos_ids=chat.eos_ids, temperature=temperature, seed=s.seed,
-                         step=EVALUATION + len(groups[0]), prompt_keys=missing, rows=room.rows, on_finished=keep)
+                         step=EVALUATION + len(groups[0]), prompt_keys=missing, on_finished=keep,
+                         rows=rows_that_fit(model, room.rows, max(map(len, prompts)) + budget))
 
         with_less_memory(sample_missing, lambda: fewer_rows(room))
     of_all_ranks(None)  # all have written
@@ -1148,7 +1186,8 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
             mine = range(RANK, len(prompts), RANKS)  # the prompts of this rank
             part = with_less_memory(lambda: generate(
                 model, [prompts[p] for p in mine], s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature,
-                seed=s.seed, step=step, prompt_keys=mine, rows=s.rows), lambda: fewer_rows(s)) if mine else None
+                seed=s.seed, step=step, prompt_keys=mine, rows=rows_that_fit(model, s.rows, max(map(len, prompts)) + budget)),
+                lambda: fewer_rows(s)) if mine else None
             rollout = joined(of_all_ranks(part), s.samples)
             sampling_seconds = time.time() - clock
             lengths = rollout.lengths.numpy()  # (R,)
@@ -1278,6 +1317,7 @@ def run(s):
         say(f"going on from step {first} in {out}")
 
     # --- training
+    passes_that_fit(model, master, s)
     train(s, model, master, optimizer, chat, problems, score, out, first, metrics)
 
     # --- after training

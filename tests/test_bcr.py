@@ -208,6 +208,49 @@ def test_micro_batches_hold_every_row_once_and_keep_their_size():
     assert all(len(part) * lengths[part].max() <= 100 for part in parts if len(part) > 1)
 
 
+@pytest.mark.parametrize("kind, sizes", [
+    ("qwen2", dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, head_dim=128)),
+    ("qwen3", dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128))])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_pass_keeps_is_foreseen(kind, sizes, checkpointing):
+    """Memory that is foreseen wrongly: a pass that runs out of it, or passes ten times smaller than need be."""
+    tokens, sizes = 32, {name: size // 8 if name != "head_dim" else size for name, size in sizes.items()} | dict(num_attention_heads=8, num_key_value_heads=2)
+    model = random_model(kind, num_hidden_layers=6, **sizes)
+    model.checkpointing = checkpointing
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(torch.zeros(1, tokens, dtype=torch.int64), cache=bcr.Past(
+            prefill(model, [[1, 2]]), torch.tensor([0]), torch.tensor([1]), tokens))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
+    model.checkpointing = False
+    layer = bcr.activation_bytes(model) / 6  # under checkpointing one layer's come back in the backward pass
+    model.checkpointing = checkpointing
+    assert bcr.activation_bytes(model) == pytest.approx(measured + checkpointing * layer, rel=0.35)
+
+
+def test_rows_and_passes_are_as_large_as_the_memory():
+    """A cache that does not fit, a machine left idle, or a run that stops where smaller passes would have gone on."""
+    model = random_model()  # 2 layers x 2 heads x 16, in keys and in values: 512 bytes a token; 24 x 64 for the logits
+    assert bcr.rows_that_fit(model, 256, 100, free=1e12) == 256
+    assert bcr.rows_that_fit(model, 256, 100, free=10 * (512 * 100 + 24 * 64) / 0.8 + 1) == 10
+    assert bcr.rows_that_fit(model, 256, 100, free=0) == 1
+    s = Settings()
+    bcr.passes_that_fit(model, list(model.parameters()), s, free=1e12)
+    assert (model.checkpointing, s.micro_tokens) == (False, 16384)
+    whole, others = 16384 * bcr.activation_bytes(model), 12 * sum(p.numel() for p in model.parameters()) + 12 * 2**26
+    bcr.passes_that_fit(model, list(model.parameters()), s, free=(0.99 * whole + others) / 0.8)
+    assert (model.checkpointing, s.micro_tokens) == (True, 16384)
+    bcr.passes_that_fit(model, list(model.parameters()), s, free=(0.2 * whole + others) / 0.8)
+    assert model.checkpointing and 256 < s.micro_tokens < 16384
+    assert 0 < bcr.free_memory(torch.device("cpu")) < 1e15
+
+
 def whole_logprobs(model, prompt, completion, temperature):
     """The textbook way: one forward pass over the whole row, one softmax over all its logits."""
     logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1] / temperature
