@@ -26,6 +26,7 @@ Letters in shapes: P prompts a step, G samples of each, N problems in a prompt, 
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -89,6 +90,7 @@ class Settings:
     clip_low: float = flag(0.2, "the ratio is clipped below 1 minus this ...")
     clip_high: float = flag(0.28, "... and above 1 plus this (DAPO's clip-higher)")
     normalize_std: bool = flag(False, "divide advantages by the group's standard deviation, as the first GRPO did")
+    credit: str = flag("sequence", "what a token is credited with: sequence, all N problems; or togo, its own section's problem and the later ones")
     length_penalty: float = flag(0.0, "baseline: subtract this times tokens / budget from the reward")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
@@ -128,6 +130,8 @@ def parse_settings(argv):
     for name, least in at_least.items():
         if not getattr(s, name) >= least or name == "lr" and s.lr > 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least {least}, not {getattr(s, name)}" + " and at most 1" * (name == "lr"))
+    if s.credit not in ("sequence", "togo"):
+        raise UserError(f"--credit {s.credit} is not known: use sequence or togo")
     if s.temperature == 0 and s.steps and not s.solve:
         raise UserError("--temperature 0 gives a group of equal samples, which teaches nothing: use 1 for training")
     ns, _, _ = numbers(s, "n"), numbers(s, "budget", "n"), numbers(s, "eval_n")
@@ -435,6 +439,40 @@ def advantages_of(rewards, normalize_std=False):
     return advantages
 
 
+HEADER = re.compile(r"^[ \t]{0,3}#{1,6}[ \t]*Problem[ \t]+([0-9]{1,3})\b", re.MULTILINE)
+
+
+def sections_of(chat, text, ids, right, golds, score):
+    """The number (from 0) of the problem in whose section each token stands, (T,); what precedes the
+    first header belongs to the first. None where this is not to be had: the headers are not 1, 2, 3
+    ... in order, or a later section has changed an earlier answer's mark (right: (N,) at the end)."""
+    headers = list(HEADER.finditer(text))
+    if not headers or [int(header[1]) for header in headers] != list(range(1, len(headers) + 1)) or len(headers) > len(golds):
+        return None
+    starts = [header.start() for header in headers[1:]]
+    if any((check([text[:start]], [golds], score)[0, :i] != right[:i]).any() for i, start in enumerate(starts, start=1)):
+        return None
+    # The token that begins a section is the first one with which the decoded text is longer than its start.
+    firsts = [bisect.bisect_right(range(len(ids)), start, key=lambda t: len(decode(chat, [ids[: t + 1]])[0])) for start in starts]
+    return np.searchsorted(firsts, np.arange(len(ids)), side="right")
+
+
+def advantages_to_go(correct, penalties, sections, samples, normalize_std=False):
+    """Credit for what a token could still change. The gradient of E[r], r = 1/N sum_j c_j - penalty, is
+
+        E[sum_t grad log pi(y_t) (r - b)] = E[sum_t grad log pi(y_t) (1/N sum_{j >= i(t)} c_j - penalty - b_i(t))],
+
+    i(t) being the section that token t stands in: c_j of an earlier problem, j < i(t), is known before
+    y_t is drawn, and E[grad log pi(y_t) | what came before] = 0. So the earlier terms add nothing but
+    variance, as long as no later token changes an earlier c_j (`sections_of` sees to it: such rows
+    keep the credit of the whole, and the bias is at most their share). b_i is the mean over the
+    group, as in `advantages_of`; for the first section the two are equal.
+    correct: (R, N); penalties: (R,); sections: R arrays (T,) or None -> R arrays (T,)."""
+    togo = correct[:, ::-1].cumsum(axis=1)[:, ::-1] / correct.shape[1] - penalties[:, None]  # (R, N)
+    advantages = np.stack([advantages_of(column.reshape(-1, samples), normalize_std).reshape(-1) for column in togo.T], axis=1)
+    return [of_row[:1] if section is None else of_row[section] for of_row, section in zip(advantages, sections)]
+
+
 # ----------------------------------------------------------------------------------------------
 # Loss
 
@@ -493,7 +531,7 @@ def micro_batches(lengths, micro_tokens):
 def accumulate_gradient(model, master, prompts, owners, completions, sampled, advantages, constant, s):
     """Adds the gradient of the loss of these rows to master[i].grad. prompts: P lists of token ids;
     for each of B rows its prompt's number (owners), token ids (completions), the sampler's logprobs
-    (sampled, tensors of its length) and its advantage.
+    (sampled, tensors of its length) and its advantage, one for all its tokens or one for each.
 
     The loss of a micro-batch is a sum divided by the one `constant` (P * G * budget, the most
     tokens that the step could have sampled), so its gradients add up to those of the whole:
@@ -516,7 +554,7 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
     for rows in micro_batches(np.array(list(map(len, completions))), s.micro_tokens):
         logprobs = token_logprobs(model, prefix, prompts, [owners[r] for r in rows], [completions[r] for r in rows], s.temperature)
         behaviour = torch.cat([sampled[r] for r in rows]).to(model.device)
-        spread = torch.cat([torch.full((len(completions[r]),), advantages[r]) for r in rows]).to(model.device)
+        spread = torch.cat([torch.as_tensor(advantages[r], dtype=torch.float32).expand(len(completions[r])) for r in rows]).to(model.device)
         # One update a rollout is on-policy: the ratio is 1, its gradient that of the logprob.
         old = behaviour if s.updates > 1 else logprobs.detach()
         loss = policy_loss(logprobs, old, spread, constant, s.clip_low, s.clip_high)
@@ -1196,14 +1234,21 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
             # Reward = share of the N problems answered correctly; advantage = reward - mean of its group.
             correct = check(texts, golds, score)  # (R, N)
-            rewards = correct.mean(axis=1) - s.length_penalty * lengths / budget  # (R,)
-            advantages = advantages_of(rewards.reshape(s.groups, s.samples), s.normalize_std)  # (P, G)
-            zero_variance = float((advantages == 0).all(axis=1).mean())
+            penalties = s.length_penalty * lengths / budget  # (R,)
+            rewards = correct.mean(axis=1) - penalties  # (R,)
+            advantages = advantages_of(rewards.reshape(s.groups, s.samples), s.normalize_std).reshape(-1)  # (R,)
+            unsure = 0.0
+            if s.credit == "togo":
+                sections = list(map(functools.partial(sections_of, chat, score=score), texts, completions, correct, golds))
+                unsure = np.mean([section is None for section in sections])
+                advantages = advantages_to_go(correct, penalties, sections, s.samples, s.normalize_std)  # R arrays (T,)
+            learns = np.array([np.any(advantage) for advantage in advantages])  # (R,)
+            zero_variance = 1 - learns.reshape(s.groups, s.samples).any(axis=1).mean()
 
             # Learn. Rows with advantage 0 have no gradient and are left out of the sum; the constant
             # that divides it counts all P * G rows.
             clock = time.time()
-            live = np.flatnonzero(advantages.reshape(-1))
+            live = np.flatnonzero(learns)
 
             # Each rank takes whole groups, of about as many tokens as the others.
             tokens = np.bincount(live // s.samples, lengths[live], minlength=len(prompts))
@@ -1213,7 +1258,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
             def gradient():
                 found = with_less_memory(lambda: accumulate_gradient(
                     model, master, prompts, [r // s.samples for r in mine], [completions[r] for r in mine],
-                    [rollout.logprobs[r, : lengths[r]] for r in mine], advantages.reshape(-1)[mine],
+                    [rollout.logprobs[r, : lengths[r]] for r in mine], [advantages[r] for r in mine],
                     constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
                 sum_gradients(master)
                 loss, gap_sum, gap_max = zip(*of_all_ranks(found))
@@ -1245,7 +1290,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                     "step": step, "n": n, "budget": budget, "reward": rewards.mean(), "accuracy": correct.mean(),
                     "accuracy_by_position": correct.mean(axis=0).tolist(),
                     "tokens_per_problem": lengths.mean() / n, "truncated": rollout.truncated.double().mean().item(),
-                    "zero_variance": zero_variance, "loops_per_problem": sum(map(wait_loops, texts)) / correct.size,
+                    "zero_variance": zero_variance, "credit_unsure": unsure, "loops_per_problem": sum(map(wait_loops, texts)) / correct.size,
                     # The mean of -logprob over what was sampled estimates the entropy of a token, unbiased.
                     "entropy": -rollout.logprobs.double().sum().item() / lengths.sum(),
                     "loss": loss, "grad_norm": grad_norm, "skipped": bool(bad), "logprob_gap": gap_mean, "logprob_gap_max": gap_max,

@@ -310,6 +310,82 @@ def test_bfloat16_gradients_are_summed_in_float32(batch):
 
 
 # ----------------------------------------------------------------------------------------------
+# Credit to go
+
+SOLVED = ("### Problem 1\n1 + 1 = 2.\nAnswer 1: \\boxed{2}\n\n### Problem 2\n2 + 2 = 4.\nAnswer 2: \\boxed{4}\n\n"
+          "### Problem 3\n3 + 3 = 7.\nAnswer 3: \\boxed{7}")
+
+
+def sections(chat, text, golds=("2", "4", "6"), cut=None):
+    ids = chat.tokenizer.encode(text, add_special_tokens=False).ids[:cut] + [0]
+    text = bcr.decode(chat, [ids])[0]
+    return ids, bcr.sections_of(chat, text, ids, check([text], [list(golds)])[0], list(golds), bcr.score)
+
+
+def test_each_token_belongs_to_the_section_it_stands_in(shipped):
+    """Credit shifted by a token or a section: a header would be paid for the problem before it. EOS
+    belongs to the last section, and sections that the cut took away are no disorder."""
+    _, chat = shipped
+    ids, of_token = sections(chat, SOLVED)
+    for i in range(3):
+        part = bcr.decode(chat, [[token for token, section in zip(ids, of_token) if section == i]])[0].strip()
+        assert part.startswith(f"### Problem {i + 1}") and part.endswith("}") and part.count("###") == 1
+    assert of_token[-1] == 2 and (np.diff(of_token) >= 0).all()
+    _, cut = sections(chat, SOLVED, cut=30)
+    assert set(cut) == {0, 1}
+
+
+@pytest.mark.parametrize("text", [
+    "The answers are 2, 4 and 6.", SOLVED.replace("Problem 1", "Problem 2", 1), SOLVED.replace("Problem 3", "Problem 4"),
+    SOLVED + "\n\n### Problem 4\nAnswer 4: \\boxed{8}", SOLVED + "\n### Problem 1\n",
+    SOLVED + "\nAnswer 1: \\boxed{3}",  # mended for the worse: what section 1 had earned is lost in section 3
+    SOLVED.replace("{4}", "{5}") + "\nAnswer 2: \\boxed{4}"])  # and for the better
+def test_sections_in_disorder_are_not_guessed(shipped, text):
+    """Credit for a problem that a later section still changes: the gradient would be another one's."""
+    assert sections(shipped[1], text)[1] is None
+
+
+def test_credit_to_go_has_the_same_expected_gradient_and_less_variance():
+    """The derivation, on a model that can be summed exactly: four sections of one token of two values,
+    the chance of 1 depending on the tokens before; problem i is right if its token is 1."""
+    torch.manual_seed(0)
+    parameters = torch.randn(2, 4)  # logit of token t: bias, and weight of the number of ones before
+    paths = np.array(list(np.ndindex(2, 2, 2, 2)), dtype=float)  # all 16 completions, (16, 4)
+    before = paths.cumsum(axis=1) - paths
+    chance = 1 / (1 + np.exp(-(parameters[0].numpy() + parameters[1].numpy() * before)))
+    probability = np.where(paths == 1, chance, 1 - chance).prod(axis=1)
+    scores = np.stack([paths - chance, (paths - chance) * before])  # d log pi / d parameter, (2, 16, 4), each of one token
+    rng, found = np.random.default_rng(0), {"sequence": [], "togo": []}
+    for _ in range(4000):
+        rows = rng.choice(16, size=8, p=probability)  # one group
+        correct, none = paths[rows], np.zeros(8)
+        whole = advantages_of(correct.mean(axis=1)[None])[0]
+        togo = np.stack(bcr.advantages_to_go(correct, none, [np.arange(4)] * 8, 8))  # (8, 4)
+        assert np.allclose(togo[:, 0], whole)
+        found["sequence"].append((scores[:, rows] * whole[:, None]).sum(axis=1).ravel() / 7)
+        found["togo"].append((scores[:, rows] * togo).sum(axis=1).ravel() / 7)
+    value = paths.mean(axis=1)
+    exact = (scores * (probability * value)[:, None]).sum(axis=1).ravel()
+    variance = {}
+    for name, gradients_ in found.items():
+        gradients_ = np.array(gradients_)
+        variance[name] = gradients_.var(axis=0).sum()
+        assert np.abs(gradients_.mean(axis=0) - exact).max() < 4 * np.sqrt(gradients_.var(axis=0).max() / 4000), name
+    assert variance["togo"] < 0.9 * variance["sequence"]
+
+
+def test_rows_without_sections_and_penalties_keep_the_credit_of_the_whole():
+    """A row that falls back would otherwise be credited for nothing, or a penalty forgotten."""
+    correct, penalties = np.array([[1, 0], [1, 1], [0, 1], [0, 0.0]]), np.array([0.1, 0.2, 0.3, 0.0])
+    whole = advantages_of((correct.mean(axis=1) - penalties)[None])[0]
+    found = bcr.advantages_to_go(correct, penalties, [None, np.array([0, 0, 1]), None, None], 4)
+    assert [len(row) for row in found] == [1, 3, 1, 1]
+    assert np.allclose([row[0] for row in found], whole)
+    last = correct[:, 1] / 2 - penalties
+    assert found[1][2] == pytest.approx(last[1] - last.mean())
+
+
+# ----------------------------------------------------------------------------------------------
 # Evaluation
 
 
