@@ -59,6 +59,7 @@ ARMS = {
     **{f"penalty-{strength}-std": arm(1, 192, length_penalty=strength, normalize_std=True) for strength in STRENGTHS},
     "togo-n4": arm(4, 150, credit="togo"),
 }
+SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # arms that are evaluated at all NS, the others at 1, 4 and 8
 ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are tried on harder problems, too
 
 # ----------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def one_run(out, name, seed, steps):
         bcr_run(trained, **flags, seed=seed, steps=steps, lr=LR, save_every=10, eval_n=1, eval_problems=1)
         model = {"model": trained / "model"}
     common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": EVALUATED}
-    bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, (1, 4, 8) if name.startswith("penalty") else NS)))
+    bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, NS if name in SCALING else (1, 4, 8))))
     if name in ELSEWHERE:
         files = ",".join(str(out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
         bcr_run(out / f"{name}-seed{seed}-elsewhere", **model, **common, eval_n="1,4", eval_data=files)
@@ -267,12 +268,12 @@ def report(out, found):
     rows = [[name, cell(over_seeds(of_arm, lambda f: f["exponent"]), 1, 3),
              f"{sum(over_seeds(of_arm, lambda f: f['monotone']))} of {len(of_arm)}", cell(over_seeds(of_arm, lambda f: f["accuracy_fall"]), 100),
              cell(over_seeds(of_arm, lambda f: f["accuracy_in_budget_fall"]), 100)] for name, of_arm in found.items()]
-    parts.append("Task scaling: tokens per problem ~ N^exponent over N = " + ", ".join(map(str, NS)) + " (penalties: 1, 4, 8)\n\n" + markdown(
+    parts.append("Task scaling: tokens per problem ~ N^exponent over N = " + ", ".join(map(str, NS)) + " or 1, 4, 8\n\n" + markdown(
         ["arm", "exponent", "falls at each N", "points lost N=1 to 8, nobody cut", f"... in {SHARED} tokens"], rows))
 
     for key, title, scale in (("tokens_per_problem", "Tokens per problem by N, nobody cut", 1), ("accuracy", "Right % by N, nobody cut", 100),
                               ("accuracy_in_budget", f"Right % by N, all N in {SHARED} tokens", 100), ("interference", "Interference % by N", 100)):
-        rows = [[name, *(cell(over_seeds(found[name], at(n, key)), scale) for n in NS)] for name in found if not name.startswith("penalty")]
+        rows = [[name, *(cell(over_seeds(found[name], at(n, key)), scale) for n in NS)] for name in found if name in SCALING]
         parts.append(title + "\n\n" + markdown(["arm", *(f"N={n}" for n in NS)], rows))
 
     rows = [[name, *(cell(over_seeds(of_arm, lambda f: f["anatomy"][1][key]), scale, digits) for key, scale, digits in (
@@ -342,8 +343,7 @@ def figures(out, found):
         axis.plot(NS, middle, style, color=colour, label=name)
         axis.fill_between(NS, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
 
-    lines = [(name, colour) for name, colour in (("base", "tab:gray"), ("rl-n1", "tab:orange"), ("cap-n1", "tab:red"), ("bcr-n4", "tab:blue"),
-                                                 ("bcr-mixed", "tab:green")) if name in found]
+    lines = [(name, colour) for name, colour in zip(SCALING, ("tab:gray", "tab:orange", "tab:blue", "tab:purple", "tab:green")) if name in found]
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
     for axis, key, title in zip(axes, ("tokens_per_problem", "accuracy", "accuracy_in_budget"),
                                 ("tokens per problem, nobody cut", "right, nobody cut", f"right, all N in {SHARED} tokens")):
@@ -422,7 +422,7 @@ def main():
             for number, job in enumerate(jobs, start=1):
                 print(f"{number} of {len(jobs)}: {job.result()}; {time.time() - clock:.0f} s so far", flush=True)
         for stage, model in (("base", bcr.Settings.model), ("trained", o.out / "bcr-n4-seed0/model")):
-            if "togo-n4" in o.arms and not (o.out / f"variance-{stage}.json").exists():
+            if "togo-n4" in o.arms and Path(model).is_dir() and not (o.out / f"variance-{stage}.json").exists():
                 bcr.write_json(o.out / f"variance-{stage}.json", gradient_variance(model))
     found = collect(o.out, o.arms, range(o.seeds))
     if found:
