@@ -100,6 +100,7 @@ class Settings:
     eval_samples: int = flag(1, "completions of each prompt in evaluation (k): the accuracy is avg@k")
     eval_budget: str = flag("1024", "tokens for a whole completion in evaluation, enough to cut no one; one, or one for each N")
     eval_temperature: str = flag("1", "of sampling in evaluation; one for all N or one for each")
+    target_accuracy: float = flag(0.0, "say which of --eval-n answers this share of the problems correctly with the fewest tokens")
     # The run
     seed: int = flag(0, "decides the order of the data and every sampled token")
     out: str = flag("", "directory for all that the run writes (default: out/run-1, or the next free number)")
@@ -126,10 +127,11 @@ def parse_settings(argv):
                                 help=doc + (f" (default: {shown})" if shown != "" else ""))
     s = Settings(**vars(parser.parse_args(argv)))
     at_least = {"groups": 1, "samples": 2, "steps": 0, "updates": 1, "eval_problems": 1, "eval_samples": 1,
-                "seed": 0, "save_every": 1, "rows": 1, "micro_tokens": 1, "temperature": 0, "lr": 0}
+                "seed": 0, "save_every": 1, "rows": 1, "micro_tokens": 1, "temperature": 0, "lr": 0, "target_accuracy": 0}
     for name, least in at_least.items():
-        if not getattr(s, name) >= least or name == "lr" and s.lr > 1:
-            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, not {getattr(s, name)}" + " and at most 1" * (name == "lr"))
+        at_most_1 = name in ("lr", "target_accuracy")
+        if not getattr(s, name) >= least or at_most_1 and getattr(s, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} should be at least {least}{' and at most 1' * at_most_1}, not {getattr(s, name)}")
     if s.credit not in ("sequence", "togo"):
         raise UserError(f"--credit {s.credit} is not known: use sequence or togo")
     if s.temperature == 0 and s.steps and not s.solve:
@@ -836,6 +838,21 @@ def table(results):
     return "\n".join(lines)
 
 
+def dial(results, target):
+    """N as a dial, read off the scaling curve: for each benchmark a sentence that names the N which
+    answers at least `target` of the problems correctly with the fewest tokens a problem."""
+    for name, of_name in (results["after"] or results["before"]).items():
+        enough = [n for n, figures in of_name.items() if figures["accuracy"] >= target]
+        best = min(enough, key=lambda n: of_name[n]["tokens_per_problem"]) if enough else max(of_name, key=lambda n: of_name[n]["accuracy"])
+        figures, (low, high) = of_name[best], of_name[best]["accuracy_ci95"]
+        found = (f"{figures['accuracy']:.1%} right (95% interval {low:.1%} to {high:.1%}) with {figures['tokens_per_problem']:.1f} tokens a problem")
+        if not enough:
+            yield f"{name}: no N of {', '.join(of_name)} reaches {target:.1%}; the most is N = {best}, {found}"
+        else:
+            doubt = "" if low >= target else "; the interval reaches below the target: evaluate more problems to be sure"
+            yield f"{name}: at least {target:.1%} right with the fewest tokens: N = {best}, {found}{doubt}"
+
+
 def write_completions(path, results, each=3):
     """Some prompts and completions of each benchmark and N for a person to read.
     results: {name: {n: (problems, records)}}."""
@@ -943,7 +960,7 @@ def solve(s):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens", "checkpointing"}  # when a run goes on
+MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens", "checkpointing", "target_accuracy"}  # when a run goes on
 
 
 def write_text(path, text):
@@ -1376,6 +1393,8 @@ def run(s):
         write_json(out / "results.json", results)
         plot(out / "results.png", results, metrics)
         say("\n" + table(results))
+        for sentence in dial(results, s.target_accuracy) if s.target_accuracy else ():
+            say("\n" + sentence)
         say(f"\n{results['seconds']:.0f} s in all. In {out}: results.json, metrics.jsonl, completions-*.txt, evaluation/"
             + (", model/ (a Hugging Face directory)" if s.steps else ""))
 

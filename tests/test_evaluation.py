@@ -289,3 +289,15 @@ def test_running_out_of_memory_is_no_end(tmp_path):
     assert "memory ran out: going on with" in tight.stdout
     ours, theirs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("tight", "free"))
     assert ours["reward"] == theirs["reward"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_the_dial_names_the_cheapest_n_that_is_good_enough():
+    """An N that costs more, or is not good enough, or a target that nothing reaches and nobody hears of."""
+    def of(accuracy, tokens):
+        return {"accuracy": accuracy, "tokens_per_problem": tokens, "accuracy_ci95": [accuracy - 0.02, accuracy + 0.02]}
+    results = {"before": {}, "after": {"a": {"1": of(0.97, 40), "2": of(0.95, 36), "4": of(0.93, 38), "8": of(0.8, 30)}}}
+    def said(target):
+        return next(bcr_module.dial(results, target))
+    assert "N = 2," in said(0.92) and "36.0 tokens" in said(0.92) and "below" not in said(0.92)
+    assert "N = 8," in said(0.5) and "N = 1," in said(0.96) and "reaches below the target" in said(0.96)
+    assert "no N of 1, 2, 4, 8 reaches 99.0%" in said(0.99) and "N = 1," in said(0.99)
