@@ -622,7 +622,8 @@ def passes_that_fit(model, master, s, free=None):
     """Does what smaller_passes does before memory runs out, as far as it can be foreseen."""
     gradients_and_adamw = sum(12 * weight.numel() for weight in master) + (model.dtype != torch.float32) * sum(2 * p.numel() for p in model.parameters())
     free = 0.8 * (free_memory(model.device) if free is None else free) - gradients_and_adamw - 3 * 4 * 2**26  # of token_logprobs' chunk
-    while s.micro_tokens > 256 and s.micro_tokens * activation_bytes(model) > free:
+    most = s.groups * s.samples * max(numbers(s, "budget"))  # tokens in a step
+    while s.micro_tokens > 256 and min(s.micro_tokens, most) * activation_bytes(model) > free:
         say(f"memory for {s.micro_tokens} tokens in a pass may not be there: {smaller_passes(model, master, s)}")
 
 
@@ -895,7 +896,7 @@ def plot(path, results, metrics):
             row[1].fill_between(xs, *zip(*over_n("accuracy_ci95")), color=colour, alpha=0.2, linewidth=0)
             row[1].plot(xs, over_n("accuracy_in_budget"), "o--", color=colour, label=f"{stage}, {budget} tokens")
             for n, by_position in zip(xs, over_n("accuracy_by_position")):
-                row[2].plot(range(1, n + 1), by_position, ".-", color=colour, alpha=0.2 + 0.8 * n / max(xs), label=f"{stage}, N = {n}")
+                row[2].plot(range(1, n + 1), by_position, ".-", color=colour, alpha=0.2 + 0.8 * (n / max(xs)), label=f"{stage}, N = {n}")
         for axis, title, label in zip(row, ("tokens per problem", "accuracy", "accuracy by position"),
                                       ("N problems in the prompt",) * 2 + ("position in the prompt",)):
             axis.set(title=f"{name}: {title}", xlabel=label, ylim=(0, None))
@@ -1379,7 +1380,8 @@ def run(s):
         say(f"going on from step {first} in {out}")
 
     # --- training
-    passes_that_fit(model, master, s)
+    if s.steps > first:
+        passes_that_fit(model, master, s)
     train(s, model, master, optimizer, chat, problems, score, out, first, metrics)
 
     # --- after training

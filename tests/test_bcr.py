@@ -240,7 +240,7 @@ def test_rows_and_passes_are_as_large_as_the_memory():
     assert bcr.rows_that_fit(model, 256, 100, free=1e12) == 256
     assert bcr.rows_that_fit(model, 256, 100, free=10 * (512 * 100 + 24 * 64) / 0.8 + 1) == 10
     assert bcr.rows_that_fit(model, 256, 100, free=0) == 1
-    s = Settings()
+    s = Settings(budget="1000")
     bcr.passes_that_fit(model, list(model.parameters()), s, free=1e12)
     assert (model.checkpointing, s.micro_tokens) == (False, 16384)
     whole, others = 16384 * bcr.activation_bytes(model), 12 * sum(p.numel() for p in model.parameters()) + 12 * 2**26
@@ -248,6 +248,9 @@ def test_rows_and_passes_are_as_large_as_the_memory():
     assert (model.checkpointing, s.micro_tokens) == (True, 16384)
     bcr.passes_that_fit(model, list(model.parameters()), s, free=(0.2 * whole + others) / 0.8)
     assert model.checkpointing and 256 < s.micro_tokens < 16384
+    s, model.checkpointing = Settings(budget="20"), False  # a step of 2,560 tokens at most
+    bcr.passes_that_fit(model, list(model.parameters()), s, free=(0.2 * whole + others) / 0.8)
+    assert (model.checkpointing, s.micro_tokens) == (False, 16384)
     assert 0 < bcr.free_memory(torch.device("cpu")) < 1e15
 
 

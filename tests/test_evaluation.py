@@ -301,3 +301,13 @@ def test_the_dial_names_the_cheapest_n_that_is_good_enough():
     assert "N = 2," in said(0.92) and "36.0 tokens" in said(0.92) and "below" not in said(0.92)
     assert "N = 8," in said(0.5) and "N = 1," in said(0.96) and "reaches below the target" in said(0.96)
     assert "no N of 1, 2, 4, 8 reaches 99.0%" in said(0.99) and "N = 1," in said(0.99)
+
+
+@pytest.mark.parametrize("ns", [[3], [1, 3], [1, 2, 5, 7, 10], [6, 49]])
+def test_the_picture_is_drawn_at_any_n(tmp_path, ns):
+    """A run of hours that ends in a traceback for an N whose shade is more than black (0.2 + 0.8 * 3 / 3 > 1)."""
+    pytest.importorskip("matplotlib")
+    of_n = {str(n): {"tokens_per_problem": 40.0, "accuracy": 0.9, "accuracy_ci95": [0.8, 0.95], "accuracy_in_budget": 0.5, "budget": 150,
+                     "accuracy_by_position": [0.9] * n} for n in ns}
+    bcr_module.plot(tmp_path / "results.png", {"before": {"a": of_n}, "after": {}}, [])
+    assert (tmp_path / "results.png").stat().st_size > 10_000
