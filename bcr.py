@@ -111,6 +111,7 @@ class Settings:
     dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on cuda; master weights are float32 always")
     rows: int = flag(256, "most completions sampled at a time; fewer where the key/value cache would not fit the free memory")
     micro_tokens: int = flag(16384, "most tokens, padding included, in one forward and backward pass; fewer where they would not fit the free memory")
+    shard: bool = flag(False, "several processes: each keeps a share of weights, gradients and AdamW's state (FSDP2), for models that one GPU cannot hold")
     checkpointing: bool = flag(False, "compute activations twice instead of keeping them; on by itself where memory is short")
 
 
@@ -547,13 +548,19 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
                 ours.grad = computed.grad.float() if ours.grad is None else ours.grad + computed.grad
                 computed.grad = None
 
-    total, gaps = 0.0, [torch.zeros(1, device=model.device)]
-    if not completions:
+    total, gaps, nothing = 0.0, [torch.zeros(1, device=model.device)], [len(completions)]
+    batches = list(micro_batches(np.array(list(map(len, completions))), s.micro_tokens))
+    if model.divided:
+        # Each pass gathers the layers from all processes, so all make as many passes: who has fewer rows
+        # goes on with a row of one token whose advantage, and so its gradient, is 0.
+        batches += [nothing] * (max(of_all_ranks(len(batches))) - len(batches))
+        owners, completions, sampled, advantages = [*owners, 0], [*completions, [0]], [*sampled, torch.zeros(1)], [*advantages, 0.0]
+    if not batches:
         return 0.0, 0.0, 0.0
     with torch.no_grad():
         prefix = prefill(model, prompts)
     shared = [kv.requires_grad_() for kv in prefix.k + prefix.v]  # (P, K, T, D) each
-    for rows in micro_batches(np.array(list(map(len, completions))), s.micro_tokens):
+    for rows in batches:
         logprobs = token_logprobs(model, prefix, prompts, [owners[r] for r in rows], [completions[r] for r in rows], s.temperature)
         behaviour = torch.cat([sampled[r] for r in rows]).to(model.device)
         spread = torch.cat([torch.as_tensor(advantages[r], dtype=torch.float32).expand(len(completions[r])) for r in rows]).to(model.device)
@@ -563,11 +570,14 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
         loss.backward()
         gather()
         total += loss.item()
-        gaps.append((logprobs.detach() - behaviour).abs())
+        if rows != nothing:
+            gaps.append((logprobs.detach() - behaviour).abs())
     for rows in micro_batches(np.array(list(map(len, prompts))), s.micro_tokens):  # the chain rule, through the prompts
         part = prefill(model, [prompts[p] for p in rows])
         if (length := part.k[0].shape[2]):
-            torch.autograd.backward(part.k + part.v, [kv.grad[rows, :, :length] for kv in shared])
+            # FSDP2 gathers a layer again when the gradient reaches its output: the last one's gets a gradient of 0.
+            last = [part.hidden] if model.divided else []
+            torch.autograd.backward(part.k + part.v + last, [kv.grad[rows, :, :length] for kv in shared] + list(map(torch.zeros_like, last)))
             gather()
     gaps = torch.cat(gaps)
     return total, gaps.sum().item(), gaps.max().item()
@@ -620,7 +630,7 @@ def activation_bytes(model):
 
 def passes_that_fit(model, master, s, free=None):
     """Does what smaller_passes does before memory runs out, as far as it can be foreseen."""
-    gradients_and_adamw = sum(12 * weight.numel() for weight in master) + (model.dtype != torch.float32) * sum(2 * p.numel() for p in model.parameters())
+    gradients_and_adamw = sum(12 * own_part(weight).numel() for weight in master) + (model.dtype != torch.float32) * sum(2 * own_part(p).numel() for p in model.parameters())
     free = 0.8 * (free_memory(model.device) if free is None else free) - gradients_and_adamw - 3 * 4 * 2**26  # of token_logprobs' chunk
     most = s.groups * s.samples * max(numbers(s, "budget"))  # tokens in a step
     while s.micro_tokens > 256 and min(s.micro_tokens, most) * activation_bytes(model) > free:
@@ -632,7 +642,9 @@ def fewer_rows(s):
     return f"going on with --rows {s.rows}" if s.rows else ""
 
 
-def smaller_passes(model, master, s):
+def smaller_passes(model, master, s, begun=False):
+    if begun and model.divided:  # the others are in the middle of the pass and cannot begin anew
+        raise UserError("memory runs out in a process that shares the model with others: add --checkpointing, or lower --micro-tokens")
     for weight in [*master, *model.parameters()]:
         weight.grad = None
     if not model.checkpointing:
@@ -930,8 +942,9 @@ def solve(s):
     while waiting and size:
         rounds += 1
         groups = [waiting[first : first + size] for first in range(0, len(waiting), size)]
-        records = sample_records(model, chat, problems, groups, 1, budget, s.temperature, s, out / f"round-{rounds}.jsonl",
-                                 f"round {rounds}, N = {size}", lambda p, ids, text: {})
+        with gathered(model) as whole:
+            records = sample_records(whole, chat, problems, groups, 1, budget, s.temperature, s, out / f"round-{rounds}.jsonl",
+                                     f"round {rounds}, N = {size}", lambda p, ids, text: {})
         for group, record in zip(groups, records):
             tokens += record["tokens"]
             for i, answer in zip(group, extract(record["completion"], len(group))):
@@ -961,7 +974,7 @@ def solve(s):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens", "checkpointing", "target_accuracy"}  # when a run goes on
+MAY_CHANGE = {"steps", "resume", "out", "save_every", "rows", "micro_tokens", "checkpointing", "shard", "target_accuracy"}  # when a run goes on
 
 
 def write_text(path, text):
@@ -1005,13 +1018,20 @@ def save_checkpoint(out, step, model, master, optimizer):
     executes nothing."""
     target = out / f"checkpoint-{step:06d}"
     temporary = out / "checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     names = [name for name, _ in model.named_parameters()]
     state = {f"{key}.{name}": value for name, weight in zip(names, master)
              for key, value in ({"weight": weight.detach()} | optimizer.state[weight]).items()}
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "state.safetensors")
-    flush(temporary / "state.safetensors")
+    if model.divided:
+        of_all_ranks(None)  # the directory is there
+        write_parts(state, temporary)
+    elif RANK == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "state.safetensors")
+        flush(temporary / "state.safetensors")
+    if RANK > 0:
+        return
     write_json(temporary / "state.json", {"step": step})
     flush(temporary)
     shutil.rmtree(target, ignore_errors=True)
@@ -1026,21 +1046,35 @@ def load_checkpoint(out, model, master, optimizer):
     checkpoints = sorted(out.glob("checkpoint-*"))
     if not checkpoints:
         return 0
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(checkpoints[-1]))  # reads safetensors, one file or the parts of any number of ranks
     try:
-        state = load_file(checkpoints[-1] / "state.safetensors")
-        step = read_json(checkpoints[-1] / "state.json")["step"]
-        if (lacking := {f"weight.{name}" for name, _ in model.named_parameters()} - state.keys()):
-            raise KeyError(min(lacking))
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        step, known, state = read_json(checkpoints[-1] / "state.json")["step"], reader.read_metadata().state_dict_metadata, {}
+        for (name, _), weight in zip(model.named_parameters(), master):
+            state[f"weight.{name}"] = weight.detach()
+            if f"step.{name}" in known:  # else every group was equal so far, and AdamW has no state
+                optimizer.state[weight] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                state |= {f"{key}.{name}": value for key, value in optimizer.state[weight].items()}
+        load(state, storage_reader=reader, no_dist=True)
+    except (OSError, SafetensorError, KeyError, TypeError, CheckpointException) as error:
         raise UserError(f"{checkpoints[-1]} is damaged ({error}): remove it, and --resume takes the one before") from None
-    for (name, computed), weight in zip(model.named_parameters(), master):
-        with torch.no_grad():
-            weight.copy_(state[f"weight.{name}"])
-            computed.copy_(weight)
-        if f"step.{name}" in state:  # every group was equal so far: AdamW has no state
-            optimizer.state[weight] = {key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
-                                       for key in ("step", "exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        for computed, weight in zip(model.parameters(), master):
+            if computed is not weight:
+                computed.copy_(weight)
     return step
+
+
+def write_parts(state, path):
+    """Writes tensors that are divided among the ranks: each rank one safetensors file of its parts,
+    which says where they belong. Raises on every rank what went wrong on any."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
+    try:
+        save(state, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))  # which flushes, too
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1066,10 +1100,46 @@ def say(*words):
 
 
 def sum_gradients(master):
-    """Adds up the gradients of all ranks, in place."""
-    for weight in master if RANKS > 1 else ():
+    """Adds up the gradients of all ranks, in place. FSDP2 has done it already."""
+    for weight in master if RANKS > 1 and not hasattr(master[0], "to_local") else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         dist.all_reduce(weight.grad)
+
+
+def divide(model, dtype, device):
+    """--shard: each rank keeps its share of every float32 weight, and so of gradients and AdamW's state.
+    A layer's weights are gathered, in the type `dtype`, just before they are used and freed after; its
+    gradients are summed over the ranks, in float32, and each keeps its share of the sum. FSDP2 (PyTorch
+    FSDP, arXiv 2304.11277; ZeRO stage 3, arXiv 1910.02054)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (RANKS,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    register_fsdp_forward_method(model, "hidden")  # what `head` needs stays gathered until the gradient is through
+    model.divided = dtype
+
+
+def own_part(tensor):
+    """What this rank keeps of a tensor that is divided among the ranks; all of any other."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """The whole model on each rank for as long as it samples: with --shard a copy, gathered once and
+    freed after, for to gather each layer anew for each token would cost more than to compute it."""
+    if not model.divided:
+        yield model
+        return
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    whole.load_state_dict({name: weight.to(model.dtype).full_tensor() for name, weight in model.state_dict().items()}, assign=True)
+    yield whole
+    whole.to_empty(device="meta")
 
 
 def joined(parts, samples):
@@ -1122,10 +1192,9 @@ def on_signal(number, frame):
 
 def not_finite(model, master, loss):
     """Names what in a step is not a finite number, "" where all is."""
-    for (name, _), weight in zip(model.named_parameters(), master):
-        if weight.grad is not None and not torch.isfinite(weight.grad).all():
-            return f"the gradient of {name}"
-    return "" if math.isfinite(loss) else "the loss"
+    bad = [f"the gradient of {name}" for (name, _), weight in zip(model.named_parameters(), master)
+           if weight.grad is not None and not torch.isfinite(own_part(weight.grad)).all()]
+    return next(filter(None, of_all_ranks(bad[0] if bad else "" if math.isfinite(loss) else "the loss")), "")
 
 
 CUT = ("warning: {truncated:.0%} of the completions are cut by the budget of {budget} tokens; if the reward does not rise, "
@@ -1174,7 +1243,10 @@ def load(s):
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=RANK, world_size=RANKS)
     chat = load_chat(find_model(s.model))
-    model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
+    if s.shard and RANKS > 1:
+        model = Transformer.from_pretrained(chat.path, torch.float32, device, lambda model: divide(model, getattr(torch, dtype), device))
+    else:
+        model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
     if chat.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise UserError(f"the tokenizer in {s.model} has {chat.tokenizer.get_vocab_size()} tokens, but the model "
                         f"only {model.config.vocab_size}: the two do not belong together")
@@ -1240,10 +1312,11 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
             # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
             clock = time.time()
             mine = range(RANK, len(prompts), RANKS)  # the prompts of this rank
-            part = with_less_memory(lambda: generate(
-                model, [prompts[p] for p in mine], s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature,
-                seed=s.seed, step=step, prompt_keys=mine, rows=rows_that_fit(model, s.rows, max(map(len, prompts)) + budget)),
-                lambda: fewer_rows(s)) if mine else None
+            with gathered(model) as whole:
+                part = with_less_memory(lambda: generate(
+                    whole, [prompts[p] for p in mine], s.samples, budget, eos_ids=chat.eos_ids, temperature=s.temperature,
+                    seed=s.seed, step=step, prompt_keys=mine, rows=rows_that_fit(whole, s.rows, max(map(len, prompts)) + budget)),
+                    lambda: fewer_rows(s)) if mine else None
             rollout = joined(of_all_ranks(part), s.samples)
             sampling_seconds = time.time() - clock
             lengths = rollout.lengths.numpy()  # (R,)
@@ -1277,7 +1350,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                 found = with_less_memory(lambda: accumulate_gradient(
                     model, master, prompts, [r // s.samples for r in mine], [completions[r] for r in mine],
                     [rollout.logprobs[r, : lengths[r]] for r in mine], [advantages[r] for r in mine],
-                    constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s))
+                    constant=len(completions) * budget, s=s), lambda: smaller_passes(model, master, s, begun=True))
                 sum_gradients(master)
                 loss, gap_sum, gap_max = zip(*of_all_ranks(found))
                 return sum(loss), sum(gap_sum) / lengths[live].sum(), max(gap_max)
@@ -1291,7 +1364,8 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                         loss, gap_mean, gap_max = gradient()
                     if cause := not_finite(model, master, loss):
                         break
-                    grad_norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip).item()
+                    norm = torch.nn.utils.clip_grad_norm_(master, s.grad_clip)
+                    grad_norm = (norm.full_tensor() if model.divided else norm).item()  # of all ranks' parts
                     optimizer.step()
                     optimizer.zero_grad()
                     with torch.no_grad():
@@ -1332,10 +1406,9 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                                 "go on from it with a lower --lr, or look at these problems and at the model's weights")
             if not bad and (step % s.save_every == 0 or step == s.steps):
                 with undivided():
-                    if RANK == 0:
-                        save_checkpoint(out, step, model, master, optimizer)
+                    save_checkpoint(out, step, model, master, optimizer)
     except KeyboardInterrupt:
-        if not bad and RANK == 0:
+        if not bad and RANK == 0 and not model.divided:  # else it would need the parts of all ranks, which stop where they are
             with undivided():
                 save_checkpoint(out, done, model, master, optimizer)
             say(f"saved step {done} in {out}")
@@ -1361,7 +1434,8 @@ def run(s):
         for name, of_name in benchmarks.items():
             for n in numbers(s, "eval_n"):
                 path = out / f"evaluation/{name}-n{n}-step{step}.jsonl"
-                figures, records = evaluate(model, chat, name, of_name, n, s, path, f"{stage} training", score)
+                with gathered(model) as whole:
+                    figures, records = evaluate(whole, chat, name, of_name, n, s, path, f"{stage} training", score)
                 results[stage].setdefault(name, {})[str(n)] = figures
                 found.setdefault(name, {})[str(n)] = of_name, records
         if RANK == 0:
@@ -1389,9 +1463,10 @@ def run(s):
         after = evaluate_all("after", max(first, s.steps))
         results["change"] = {name: {n: change(of_name[n][1], after[name][n][1]) for n in of_name} for name, of_name in before.items()}
     results["seconds"] = time.time() - started
+    with gathered(model) as whole:
+        if RANK == 0 and s.steps:
+            write_model(out / "model", whole, chat.path)
     if RANK == 0:
-        if s.steps:
-            write_model(out / "model", model, chat.path)
         write_json(out / "results.json", results)
         plot(out / "results.png", results, metrics)
         say("\n" + table(results))

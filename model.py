@@ -284,6 +284,7 @@ class Transformer(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.frequencies = rope_frequencies(c)  # no buffer: a cast to bfloat16 must not reach it
+        self.divided = None  # the type it is computed in, where processes divide the float32 weights among them
         self.checkpointing = False  # keep only the layers' inputs for the backward pass: a third more work, far less memory
 
     @property
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.model.embed_tokens.weight.dtype
+        return self.divided or self.model.embed_tokens.weight.dtype
 
     def hidden(self, tokens, positions=None, cache=None):
         """The last hidden states, normalised. tokens: (B, T) int64 -> (B, T, C).
@@ -327,16 +328,18 @@ class Transformer(nn.Module):
     # Hugging Face directories
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", divide=lambda model: None):
         """Reads a Hugging Face directory: config.json, and model.safetensors or the shards that
         model.safetensors.index.json lists. The model is built on the meta device and the file's
-        tensors put in place one by one, so that memory holds the weights once.
+        tensors put in place one by one, so that memory holds the weights once. Where `divide`(model)
+        divides the parameters among processes (DTensor), each keeps its part of a tensor at once.
 
         Raises UserError if a file is missing or damaged, or if a tensor is missing, extra,
         misshapen or not of a floating-point type: the message names it."""
         path = Path(path)
         with torch.device("meta"):
             model = cls(Config.from_hf(read_json(path / "config.json")))
+        divide(model)
         expected = model.state_dict()
         tensors = {}
         for file in weight_files(path):
@@ -360,7 +363,7 @@ class Transformer(nn.Module):
                                             "checkpoints are not supported")
                         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
                             raise UserError(f"{file}: {name} has values that are not finite numbers: the checkpoint is damaged")
-                        tensors[name] = tensor.to(dtype)
+                        tensors[name] = part_of(tensor.to(dtype), expected[name])
             except (SafetensorError, OSError) as error:
                 raise UserError(f"cannot read {file}: {error}") from None
         if missing := sorted(expected.keys() - tensors.keys()):
@@ -377,6 +380,15 @@ class Transformer(nn.Module):
         save_torch_state_dict(self.state_dict(), path, metadata={"format": "pt"})
         config = json.dumps(self.config.to_hf(self.dtype), indent=2)
         (path / "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def part_of(tensor, like):
+    """`tensor`, or this process's part of it if `like` is divided among processes."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # each has read all of it
 
 
 def weight_files(path):

@@ -69,7 +69,7 @@ class Prefix:
     """Stands in for a cache while prompts are computed: keeps the keys and values that pass by."""
 
     def __init__(self):
-        self.k, self.v = [], []  # for each layer: (P, K, T, D)
+        self.k, self.v, self.hidden = [], [], None  # for each layer: (P, K, T, D); the last hidden states, (P, T, C)
 
     def update(self, layer, k, v):
         self.k.append(k)
@@ -254,5 +254,5 @@ def prefill(model, prompts):
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-    model.hidden(tokens.to(model.device), cache=prefix)
+    prefix.hidden = model.hidden(tokens.to(model.device), cache=prefix)
     return prefix
