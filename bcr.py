@@ -1015,7 +1015,7 @@ def save_checkpoint(out, step, model, master, optimizer):
     AdamW's state. The order of the data and every draw are functions of the settings and the step.
     Written aside, flushed and renamed, then all but the last two are removed: whenever the machine
     stops, the last `checkpoint-*` is whole. Tensors are safetensors, the rest is JSON: loading it
-    executes nothing."""
+    executes nothing. With --shard each rank writes a part, and any number of ranks can read them."""
     target = out / f"checkpoint-{step:06d}"
     temporary = out / "checkpoint.tmp"
     if RANK == 0:
@@ -1523,6 +1523,11 @@ def main(argv=None):
         print(f"bcr.py: error: {getattr(error, 'strerror', None) or error}{where}: what was written before is whole; mend it, and go on with "
               "the same flags and --resume --out DIR", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if RANKS == 1 or "by peer" not in str(error):
+            raise
+        print(f"bcr.py: process {RANK} of {RANKS} ends, because another has ended: the cause is what that one says", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         print("\nstopped; go on with the same flags and --resume --out DIR", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

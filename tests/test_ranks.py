@@ -9,10 +9,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from bcr import joined, shares
-from conftest import REPO
+from bcr import joined, load_checkpoint, save_checkpoint, shares
+from conftest import REPO, TINY
+from model import UserError
 from rollout import Rollout
 from test_cli import metrics_of
 
@@ -49,27 +51,78 @@ def assert_same(ours, theirs):
     assert len(list((ours / "evaluation").iterdir())) == len(list((theirs / "evaluation").iterdir()))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_several_processes_do_what_one_does(alone, tmp_path, ranks):
-    """Other completions, or a gradient of other weight, with more processes: results would depend on
-    the number of GPUs. Five prompts do not divide by 2 or 4, and one rank may have nothing to learn."""
-    process = torchrun(ranks, *QUICK, "--out", tmp_path / "out")
+@pytest.mark.parametrize("ranks, flags", [(2, []), (4, []), (2, ["--shard"]), (4, ["--shard", "--micro-tokens", "500", "--checkpointing"])])
+def test_several_processes_do_what_one_does(alone, tmp_path, ranks, flags):
+    """Other completions, or a gradient of other weight, with more processes, or with a share of the
+    weights in each: results would depend on the number of GPUs. Five prompts do not divide by 2 or
+    4, ranks differ in their number of passes, and one may have nothing to learn."""
+    process = torchrun(ranks, *QUICK, *flags, "--out", tmp_path / "out")
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert stdout.count("step 5/5") == 1  # one process speaks
     assert_same(tmp_path / "out", alone)
 
 
+def killed_after(line, out, process):
+    """Kills the last rank once `line` is printed; torchrun ends the others."""
+    while line not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    ours = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and str(out) in command(pid)
+            and int(environment(pid).get("RANK", -2)) == int(environment(pid).get("WORLD_SIZE", 0)) - 1]
+    assert len(ours) == 1
+    os.kill(ours[0], signal.SIGKILL)
+    return process
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+    """A checkpoint that only as many processes as wrote it can read, that a run without --shard
+    cannot, or the other way round; pickle in it; weights in model/ that miss a share."""
+    out = tmp_path / "out"
+    arguments = [*QUICK, "--out", out, "--save-every", "1"]
+    killed_after("step 2/5", out, torchrun(2, *arguments, "--shard")).communicate(timeout=60)
+    parts = list((out / "checkpoint-000001").iterdir())
+    assert sorted(path.suffix for path in parts) == [".json"] + [".safetensors"] * 2
+    weight = torch.cat([load_file(path)["weight.model.embed_tokens.weight"] for path in sorted(parts) if path.suffix != ".json"])
+    assert weight.shape == load_file(TINY / "model/model.safetensors")["model.embed_tokens.weight"].shape
+    killed_after("step 4/5", out, torchrun(1, *arguments, "--resume")).communicate(timeout=60)
+    assert (out / "checkpoint-000003/state.safetensors").exists()
+    process = torchrun(3, *arguments, "--resume", "--shard")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and "going on from step" in stdout, stderr
+    assert_same(out, alone)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(out / "model").state_dict(), load_file(out / "model/model.safetensors")
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_damaged_part_is_named(tmp_path, shipped):
+    """A traceback, or half of the weights from before, where a file of a checkpoint is cut or gone."""
+    model, master = shipped[0], list(shipped[0].parameters())
+    optimizer = torch.optim.AdamW(master)
+    save_checkpoint(tmp_path, 3, model, master, optimizer)
+    assert load_checkpoint(tmp_path, model, master, optimizer) == 3
+    path = tmp_path / "checkpoint-000003/state.safetensors"
+    content = path.read_bytes()
+    for damage in (lambda: path.write_bytes(content[:-1]), lambda: path.write_bytes(content[:100]), path.unlink):
+        damage()
+        with pytest.raises(UserError, match="checkpoint-000003 is damaged"):
+            load_checkpoint(tmp_path, model, master, optimizer)
+
+
+def test_a_process_that_fails_ends_the_run_with_its_cause(tmp_path):
+    """Processes that wait for ever for the one that has failed, or a cause that drowns in theirs."""
+    (tmp_path / "mine.py").write_text("import os\n\n\ndef score(completion, golds):\n    return [1.0] * (len(golds) + (os.environ['RANK'] == '1'))\n")
+    clock = time.time()
+    process = torchrun(2, *QUICK, "--shard", "--reward", tmp_path / "mine.py", "--out", tmp_path / "out")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.time() - clock < 60
+    assert "should return 2 numbers" in stderr and "(process 1 of 2)" in stderr and "rank      : 1" in stderr.split("Root Cause")[1]
+    assert "in main" not in stderr.split("should return")[0]  # no traceback before it
+
+
 def test_torchrun_restarts_a_run_of_which_one_process_died(alone, tmp_path):
     """A dead process that leaves the others waiting for ever, or a restart that begins anew."""
     process = torchrun(2, *QUICK, "--out", tmp_path / "out", restarts=1)
-    while "step 3/5" not in process.stdout.readline():
-        assert process.poll() is None
-    ours = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and environment(pid).get("RANK") == "1"
-            and str(tmp_path) in command(pid)]
-    assert len(ours) == 1
-    os.kill(ours[0], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = killed_after("step 3/5", tmp_path, process).communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "going on from step" in stdout and "exitcode: -9" in stderr
     assert_same(tmp_path / "out", alone)
