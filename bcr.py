@@ -1047,6 +1047,7 @@ def load_checkpoint(out, model, master, optimizer):
     if not checkpoints:
         return 0
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+    from warnings import catch_warnings, simplefilter
 
     reader = HuggingFaceStorageReader(str(checkpoints[-1]))  # reads safetensors, one file or the parts of any number of ranks
     try:
@@ -1056,7 +1057,9 @@ def load_checkpoint(out, model, master, optimizer):
             if f"step.{name}" in known:  # else every group was equal so far, and AdamW has no state
                 optimizer.state[weight] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
                 state |= {f"{key}.{name}": value for key, value in optimizer.state[weight].items()}
-        load(state, storage_reader=reader, no_dist=True)
+        with catch_warnings():
+            simplefilter("ignore")  # "assuming the intent is to load in a single process"
+            load(state, storage_reader=reader, no_dist=True)
     except (OSError, SafetensorError, KeyError, TypeError, CheckpointException) as error:
         raise UserError(f"{checkpoints[-1]} is damaged ({error}): remove it, and --resume takes the one before") from None
     with torch.no_grad():
@@ -1137,7 +1140,8 @@ def gathered(model):
         return
     with torch.device("meta"):
         whole = Transformer(model.config)
-    whole.load_state_dict({name: weight.to(model.dtype).full_tensor() for name, weight in model.state_dict().items()}, assign=True)
+    whole.load_state_dict({name: weight.to(model.dtype).full_tensor().clone()  # without the padding of shares that are not equal
+                           for name, weight in model.state_dict().items()}, assign=True)
     yield whole
     whole.to_empty(device="meta")
 
