@@ -1046,12 +1046,15 @@ def load_checkpoint(out, model, master, optimizer):
     checkpoints = sorted(out.glob("checkpoint-*"))
     if not checkpoints:
         return 0
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
     from warnings import catch_warnings, simplefilter
+
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
     reader = HuggingFaceStorageReader(str(checkpoints[-1]))  # reads safetensors, one file or the parts of any number of ranks
     try:
         step, known, state = read_json(checkpoints[-1] / "state.json")["step"], reader.read_metadata().state_dict_metadata, {}
+        if gaps := [key for key, whole in known.items() if sum(math.prod(part.sizes) for part in whole.chunks) != math.prod(whole.size)]:
+            raise KeyError(f"not all of {gaps[0]}")  # the file of a rank is gone
         for (name, _), weight in zip(model.named_parameters(), master):
             state[f"weight.{name}"] = weight.detach()
             if f"step.{name}" in known:  # else every group was equal so far, and AdamW has no state
@@ -1061,6 +1064,7 @@ def load_checkpoint(out, model, master, optimizer):
             simplefilter("ignore")  # "assuming the intent is to load in a single process"
             load(state, storage_reader=reader, no_dist=True)
     except (OSError, SafetensorError, KeyError, TypeError, CheckpointException) as error:
+        error = cause_of(error)
         raise UserError(f"{checkpoints[-1]} is damaged ({error}): remove it, and --resume takes the one before") from None
     with torch.no_grad():
         for computed, weight in zip(model.parameters(), master):
@@ -1077,7 +1081,12 @@ def write_parts(state, path):
     try:
         save(state, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))  # which flushes, too
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        raise cause_of(error) from None
+
+
+def cause_of(error):
+    """What stands behind torch.distributed.checkpoint's exception, which quotes whole tracebacks."""
+    return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1430,6 +1439,8 @@ def run(s):
     optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
     check_settings(s, model, chat, problems, benchmarks)
     out = of_all_ranks(open_out(s) if RANK == 0 else None)[0]
+    if not out.is_dir():
+        raise UserError(f"there is no {out} here: processes on several machines need an --out on a file system that all of them share")
     say(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; writing to {out}")
     results, metrics = {"settings": dataclasses.asdict(s), "before": {}, "after": {}, "change": {}}, []
 

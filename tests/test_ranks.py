@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,11 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bcr import joined, load_checkpoint, save_checkpoint, shares
 from conftest import REPO, TINY
-from model import UserError
+from model import Transformer, UserError
 from rollout import Rollout
 from test_cli import metrics_of
 
@@ -84,6 +85,12 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(alone, tmp_path)
     assert sorted(path.suffix for path in parts) == [".json"] + [".safetensors"] * 2
     weight = torch.cat([load_file(path)["weight.model.embed_tokens.weight"] for path in sorted(parts) if path.suffix != ".json"])
     assert weight.shape == load_file(TINY / "model/model.safetensors")["model.embed_tokens.weight"].shape
+    (tmp_path / "half/out").mkdir(parents=True)
+    shutil.copytree(out / "checkpoint-000001", tmp_path / "half/out/checkpoint-000001")
+    min(tmp_path.glob("half/out/checkpoint-*/*.safetensors")).unlink()
+    model = Transformer.from_pretrained(TINY / "model")
+    with pytest.raises(UserError, match="not all of"):
+        load_checkpoint(tmp_path / "half/out", model, list(model.parameters()), torch.optim.AdamW(model.parameters()))
     killed_after("step 4/5", out, torchrun(1, *arguments, "--resume")).communicate(timeout=60)
     assert (out / "checkpoint-000003/state.safetensors").exists()
     process = torchrun(3, *arguments, "--resume", "--shard")
@@ -94,18 +101,26 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(alone, tmp_path)
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
-def test_a_damaged_part_is_named(tmp_path, shipped):
+def test_a_damaged_part_is_named(tmp_path):
     """A traceback, or half of the weights from before, where a file of a checkpoint is cut or gone."""
-    model, master = shipped[0], list(shipped[0].parameters())
+    model = Transformer.from_pretrained(TINY / "model")
+    master = list(model.parameters())
     optimizer = torch.optim.AdamW(master)
     save_checkpoint(tmp_path, 3, model, master, optimizer)
     assert load_checkpoint(tmp_path, model, master, optimizer) == 3
     path = tmp_path / "checkpoint-000003/state.safetensors"
     content = path.read_bytes()
-    for damage in (lambda: path.write_bytes(content[:-1]), lambda: path.write_bytes(content[:100]), path.unlink):
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not mapped from the file that is written over
+    for damage in (lambda: path.write_bytes(content[:-1]), lambda: path.write_bytes(content[:100]), path.unlink,
+                   lambda: save_file({name: tensor for name, tensor in state.items() if "norm" not in name}, path),
+                   lambda: save_file(state | {"weight.model.norm.weight": torch.ones(3)}, path),
+                   lambda: save_file(state, path, {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [9] * tensor.dim()} for name, tensor in state.items()})})):
         damage()
-        with pytest.raises(UserError, match="checkpoint-000003 is damaged"):
+        with pytest.raises(UserError, match="checkpoint-000003 is damaged") as error:
             load_checkpoint(tmp_path, model, master, optimizer)
+        assert "\n" not in str(error.value)
+    path.write_bytes(content)
+    assert load_checkpoint(tmp_path, model, master, optimizer) == 3
 
 
 def test_a_process_that_fails_ends_the_run_with_its_cause(tmp_path):
