@@ -549,12 +549,17 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
                 computed.grad = None
 
     total, gaps, nothing = 0.0, [torch.zeros(1, device=model.device)], [len(completions)]
-    batches = list(micro_batches(np.array(list(map(len, completions))), s.micro_tokens))
+    asked, shortest = sorted(set(owners)), prompts[0][:2]  # the prompts of other ranks' rows are theirs to compute
+    prompts, owners = [prompts[p] for p in asked], [asked.index(owner) for owner in owners]
+    batches, of_prompts = (list(micro_batches(np.array(list(map(len, texts))), s.micro_tokens)) for texts in (completions, prompts))
     if model.divided:
-        # Each pass gathers the layers from all processes, so all make as many passes: who has fewer rows
-        # goes on with a row of one token whose advantage, and so its gradient, is 0.
-        batches += [nothing] * (max(of_all_ranks(len(batches))) - len(batches))
-        owners, completions, sampled, advantages = [*owners, 0], [*completions, [0]], [*sampled, torch.zeros(1)], [*advantages, 0.0]
+        # Each pass gathers the layers from all processes, so all make as many passes: who has fewer rows goes
+        # on with one of a prompt and a token, whose advantage, and so its gradient, is 0.
+        passes, prompt_passes = map(max, zip(*of_all_ranks((len(batches), len(of_prompts)))))
+        batches += [nothing] * (passes - len(batches))
+        of_prompts += [[len(prompts)]] * (prompt_passes - len(of_prompts))
+        prompts, owners, completions = [*prompts, shortest], [*owners, len(prompts)], [*completions, [0]]
+        sampled, advantages = [*sampled, torch.zeros(1)], [*advantages, 0.0]
     if not batches:
         return 0.0, 0.0, 0.0
     with torch.no_grad():
@@ -572,7 +577,7 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
         total += loss.item()
         if rows != nothing:
             gaps.append((logprobs.detach() - behaviour).abs())
-    for rows in micro_batches(np.array(list(map(len, prompts))), s.micro_tokens):  # the chain rule, through the prompts
+    for rows in of_prompts:  # the chain rule, through the prompts
         part = prefill(model, [prompts[p] for p in rows])
         if (length := part.k[0].shape[2]):
             # FSDP2 gathers a layer again when the gradient reaches its output: the last one's gets a gradient of 0.

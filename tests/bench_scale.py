@@ -128,9 +128,9 @@ def step_on_paper(shape, gpu, ranks, prompts=32, samples=8, prompt=1000, budget=
     attention = 4 * s["layers"] * s["heads"] * s["head"] * mean  # flops a token: scores and their sum over values
     flops = 8 * weights + 4 * attention  # a token: forward, backward (twice that), and forward again
     training = busy * samples * budget * flops / (SHARE * g["flops"])
-    prompts_too = prompts * prompt * (2 * weights + flops) / (SHARE * g["flops"])  # each rank computes all prompts
+    prompts_too = busy * prompt * (2 * weights + flops) / (SHARE * g["flops"])  # once for their keys and values, once for the gradient
     link = SHARE * (NVLINK if ranks <= NODE else NETWORK)
-    passes = -(-busy * samples * budget // micro_tokens) + -(-prompts * prompt // micro_tokens)
+    passes = -(-busy * samples * budget // micro_tokens) + -(-busy * prompt // micro_tokens)
     sent = bytes_sharded(ranks, weights, 0, passes, 0, 2) if shard else bytes_replicated(ranks, weights)
     network = 0.0 if ranks == 1 else sent / link
     return {"rows": min(room, busy * samples), "waves": len(waves), "busy": min(ranks, prompts), "held": held, "sampling": sampling, "floor": floor,
