@@ -634,9 +634,10 @@ def activation_bytes(model):
 
 
 def passes_that_fit(model, master, s, free=None):
-    """Does what smaller_passes does before memory runs out, as far as it can be foreseen."""
+    """Does what smaller_passes does before memory runs out, as far as it can be foreseen. All ranks decide
+    alike: with --shard one that computes layers twice would ask for them when no other does."""
     gradients_and_adamw = sum(12 * own_part(weight).numel() for weight in master) + (model.dtype != torch.float32) * sum(2 * own_part(p).numel() for p in model.parameters())
-    free = 0.8 * (free_memory(model.device) if free is None else free) - gradients_and_adamw - 3 * 4 * 2**26  # of token_logprobs' chunk
+    free = 0.8 * (min(of_all_ranks(free_memory(model.device))) if free is None else free) - gradients_and_adamw - 3 * 4 * 2**26  # of token_logprobs' chunk
     most = s.groups * s.samples * max(numbers(s, "budget"))  # tokens in a step
     while s.micro_tokens > 256 and min(s.micro_tokens, most) * activation_bytes(model) > free:
         say(f"memory for {s.micro_tokens} tokens in a pass may not be there: {smaller_passes(model, master, s)}")
