@@ -10,7 +10,8 @@ see the same number of problems a step, of the same sequence at the same N, for 
 one arm and one seed: it is trained, then evaluated by `bcr.py --steps 0`, each into a directory of its own under
 --out. What was stopped goes on where it was; what is finished is not run again.
 
-The report: report.txt (tables), results.json (each seed's value) and figures (where matplotlib is installed).
+The report: report.txt (tables), results.json (each seed's value), examples.txt (the same problems, several arms) and
+figures (where matplotlib is installed).
 """
 
 import argparse
@@ -33,18 +34,23 @@ sys.path[:0] = [str(REPO), str(REPO / "data/tiny")]
 
 import bcr  # noqa: E402
 
-PROBLEMS = 24  # a step, in every arm: --groups is 24 / N
+PROBLEMS = 24  # a step, in every arm: --groups is this / N
 STEPS, LR = 20, 3e-4
 NS = (1, 2, 3, 4, 6, 8)  # of the task-scaling law
-EVALUATED = 240  # held-out problems, a multiple of every N
+EVALUATED = 240  # held-out problems
 SHARED = 150  # the one budget under which all N are compared: that of BCR at N = 4, 37.5 a problem
 STRENGTHS = (0.25, 0.5, 1, 2, 4)  # of the explicit penalty, in rewards a full budget
 
 
 def arm(n, budget, **flags):
     """The flags of an arm that trains at N (a number, or several with commas) with that budget (likewise)."""
+    return {"n": n, "budget": budget, **flags}
+
+
+def groups(n, problems):
+    """Prompts a step that hold about that many problems, on average where N takes turns."""
     ns = [int(part) for part in str(n).split(",")]
-    return {"n": n, "budget": budget, "groups": round(PROBLEMS * len(ns) / sum(ns)), **flags}
+    return round(problems * len(ns) / sum(ns))
 
 
 ARMS = {
@@ -66,14 +72,14 @@ ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are tried on harder problem
 # Runs
 
 
-def harder_problems(path):
+def harder_problems(path, count):
     """Two files of problems as the world has none: chains of five and six steps, and numbers up to 60."""
     import make
 
     for name, steps, largest, operand in (("longer", (5, 6), 30, 12), ("larger", (2, 3, 4), 60, 24)):
         rng, (make.LARGEST, make.OPERAND) = random.Random(1), (largest, operand)
         problems = []
-        while len(problems) < EVALUATED:
+        while len(problems) < count:
             problem = make.make_problem(rng, steps=rng.choice(steps))
             start, chain, _ = problem["chain"]
             if name == "longer" or max(np.cumsum([start] + [sign * b for sign, b in chain])) > 30:
@@ -97,14 +103,14 @@ def bcr_run(out, **flags):
     return bcr.read_json(ended)
 
 
-def one_run(out, name, seed, steps):
+def one_run(o, name, seed):
     """Trains and evaluates one arm with one seed. The evaluation has the same problems and draws in all arms."""
-    clock, model, flags = time.time(), {}, ARMS[name]
+    out, clock, model, flags = o.out, time.time(), {}, ARMS[name]
     if flags:
         trained = out / f"{name}-seed{seed}"
-        bcr_run(trained, **flags, seed=seed, steps=steps, lr=LR, save_every=10, eval_n=1, eval_problems=1)
+        bcr_run(trained, **flags, groups=groups(flags["n"], o.problems), seed=seed, steps=o.steps, lr=LR, save_every=10, eval_n=1, eval_problems=1)
         model = {"model": trained / "model"}
-    common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": EVALUATED}
+    common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": o.evaluated}
     bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, NS if name in SCALING else (1, 4, 8))))
     if name in ELSEWHERE:
         files = ",".join(str(out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
@@ -202,8 +208,7 @@ def collect(out, arms, seeds):
             figures = {"by_n": results["before"]["heldout"], "seconds": results["seconds"],
                        "anatomy": {n: anatomy(records_of(path / f"evaluation/heldout-n{n}-step0.jsonl")) for n in (1, 4)}}
             by_n = figures["by_n"]
-            for kind in ("accuracy", "accuracy_in_budget"):  # lost from N = 1 to N = 8
-                figures[f"{kind}_fall"] = by_n["1"][kind] - by_n["8"][kind]
+            figures["lost"] = {kind: {n: by_n["1"][kind] - by_n[n][kind] for n in ("4", "8")} for kind in ("accuracy", "accuracy_in_budget")}
             tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
             figures["exponent"] = float(np.polyfit(np.log([int(n) for n in by_n]), np.log(tokens), 1)[0])  # tokens per problem ~ N^exponent
             figures["monotone"] = bool(np.all(np.diff(tokens) < 0))
@@ -266,10 +271,11 @@ def report(out, found):
         parts.append("Differences, seed by seed\n\n" + markdown(["", "tokens %, N=1", "points right, N=1", "points right, N=4"], rows))
 
     rows = [[name, cell(over_seeds(of_arm, lambda f: f["exponent"]), 1, 3),
-             f"{sum(over_seeds(of_arm, lambda f: f['monotone']))} of {len(of_arm)}", cell(over_seeds(of_arm, lambda f: f["accuracy_fall"]), 100),
-             cell(over_seeds(of_arm, lambda f: f["accuracy_in_budget_fall"]), 100)] for name, of_arm in found.items()]
+             f"{sum(over_seeds(of_arm, lambda f: f['monotone']))} of {len(of_arm)}",
+             *(cell(over_seeds(of_arm, lambda f: f["lost"][kind][n]), 100) for kind in ("accuracy", "accuracy_in_budget") for n in ("4", "8"))]
+            for name, of_arm in found.items()]
     parts.append("Task scaling: tokens per problem ~ N^exponent over N = " + ", ".join(map(str, NS)) + " or 1, 4, 8\n\n" + markdown(
-        ["arm", "exponent", "falls at each N", "points lost N=1 to 8, nobody cut", f"... in {SHARED} tokens"], rows))
+        ["arm", "exponent", "falls at each N", "points lost from N=1 to 4, nobody cut", "to 8", f"to 4, in {SHARED} tokens", "to 8"], rows))
 
     for key, title, scale in (("tokens_per_problem", "Tokens per problem by N, nobody cut", 1), ("accuracy", "Right % by N, nobody cut", 100),
                               ("accuracy_in_budget", f"Right % by N, all N in {SHARED} tokens", 100), ("interference", "Interference % by N", 100)):
@@ -327,6 +333,21 @@ def report(out, found):
     bcr.write_json(out / "results.json", found)
 
 
+def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4):
+    """The same problems answered by several arms (seed 0, N = 1), side by side: examples.txt."""
+    problems, parts = bcr.load_problems(REPO / "data/tiny/heldout.jsonl"), []
+    known = {problem["id"]: problem["problem"] for problem in problems}
+    files = {name: out / f"{name}-seed0-evaluated/evaluation/heldout-n1-step0.jsonl" for name in names}
+    records = {name: records_of(path) for name, path in files.items() if path.exists()}
+    for p in range(count):
+        for name, of_arm in records.items():
+            record = of_arm[p]
+            if name == next(iter(records)):
+                parts.append("=" * 100 + f"\n{known[record['problems'][0]]}")
+            parts.append(f"--- {name}: {record['tokens']} tokens, {'right' if record['correct'][0] else 'wrong'}\n{record['completion']}")
+    bcr.write_text(out / "examples.txt", "\n\n".join(parts) + "\n")
+
+
 def figures(out, found):
     """Four pictures; without matplotlib a line that says so."""
     try:
@@ -357,9 +378,10 @@ def figures(out, found):
     for name, of_arm in found.items():
         (x, dx), (y, dy) = (interval(over_seeds(of_arm, lambda f: f["by_n"]["1"][key])) for key in ("tokens_per_problem", "accuracy"))
         colour = "tab:blue" if name.startswith(("bcr", "togo")) else "tab:red" if name.startswith("penalty") else "tab:gray"
-        axes[0].errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=1)
-        axes[0].annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes[0].set(title="N = 1: what each arm costs", xlabel="tokens per problem", ylabel="right")
+        axes[0].errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=0.7)
+        if not name.startswith("penalty"):  # those are in the next two
+            axes[0].annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes[0].set(title="N = 1: what each arm costs (red: penalties)", xlabel="tokens per problem", ylabel="right")
     for suffix, colour, label in (("", "tab:red", "constant scale"), ("-std", "tab:purple", "divided by the group's deviation")):
         names = [f"penalty-{strength}{suffix}" for strength in STRENGTHS if f"penalty-{strength}{suffix}" in found]
         for axis, key in zip(axes[1:], ("tokens_per_problem", "accuracy")):
@@ -370,7 +392,9 @@ def figures(out, found):
         for name, colour in (("base", "tab:gray"), ("bcr-n4", "tab:blue")):
             if name in found:
                 axis.axhline(np.mean(over_seeds(found[name], lambda f: f["by_n"]["1"][key])), color=colour, linestyle="--", label=name)
-        axis.set(title=title, xlabel="strength of the penalty", xscale="log", ylim=(0, None))
+        axis.set(title=title, xlabel="strength of the penalty", xscale="log", ylim=(0, None) if key == "tokens_per_problem" else (0.8, 1))
+        axis.set_xticks(STRENGTHS, map(str, STRENGTHS))
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
     save(figure, out / "penalty.png")
 
@@ -393,7 +417,7 @@ def figures(out, found):
                 values = np.array(over_seeds(found[name], lambda f: f["training"]["accuracy"]))
                 axis.plot(np.arange(1, values.shape[1] + 1), values.mean(axis=0), color=colour, label=name)
                 axis.fill_between(np.arange(1, values.shape[1] + 1), values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
-        axis.set(title=title + ", mean and range of the seeds", xlabel="step", ylim=(0, 1))
+        axis.set(title=title + " (mean, range)", xlabel="step", ylim=(0, 1))
         axis.legend(fontsize=8)
     save(figure, out / "training.png")
 
@@ -409,16 +433,18 @@ def main():
     options.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="arms, with commas: " + ", ".join(ARMS))
     options.add_argument("--seeds", type=int, default=5, help="seeds of each arm")
     options.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
+    options.add_argument("--problems", type=int, default=PROBLEMS, help="problems in a training step")
+    options.add_argument("--evaluated", type=int, default=EVALUATED, help="held-out problems to evaluate on")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options.add_argument("--report", action="store_true", help="run nothing")
     o = options.parse_args()
     if unknown := set(o.arms) - set(ARMS):
         options.error(f"no such arm: {', '.join(sorted(unknown))}")
     if not o.report:
-        harder_problems(o.out / "problems")
+        harder_problems(o.out / "problems", o.evaluated)
         clock = time.time()
         with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has whole seeds
-            jobs = [pool.submit(one_run, o.out, name, seed, o.steps) for seed in range(o.seeds) for name in o.arms]
+            jobs = [pool.submit(one_run, o, name, seed) for seed in range(o.seeds) for name in o.arms]
             for number, job in enumerate(jobs, start=1):
                 print(f"{number} of {len(jobs)}: {job.result()}; {time.time() - clock:.0f} s so far", flush=True)
         for stage, model in (("base", bcr.Settings.model), ("trained", o.out / "bcr-n4-seed0/model")):
@@ -427,6 +453,7 @@ def main():
     found = collect(o.out, o.arms, range(o.seeds))
     if found:
         report(o.out, found)
+        examples(o.out)
         figures(o.out, found)
 
 

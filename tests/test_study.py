@@ -1,0 +1,63 @@
+"""The main comparison of the study in short: BCR, plain GRPO and an explicit length penalty, two seeds each."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import study
+from conftest import REPO
+
+ARMS = ("base", "bcr-n4", "rl-n1", "penalty-1")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    command = [sys.executable, str(REPO / "tests/study.py"), "--out", str(out), "--arms", ",".join(ARMS), "--seeds", "2", "--steps", "8",
+               "--problems", "16", "--evaluated", "48", "--jobs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run([*command, "--report"], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout in done.stdout, again.stderr  # the report comes from what was written
+    return json.loads((out / "results.json").read_text())
+
+
+def mean(found, name, key, n="1"):
+    return np.mean([of_seed["by_n"][n][key] for of_seed in found[name].values()])
+
+
+@pytest.mark.slow
+def test_bcr_shortens_and_plain_rl_does_not(found):
+    """The claim itself, loosely: after 8 steps BCR's solutions at N = 1 are shorter than the base's and than plain
+    GRPO's, and about as often right."""
+    tokens = {name: mean(found, name, "tokens_per_problem") for name in ARMS}
+    assert tokens["bcr-n4"] < 0.9 * tokens["base"] and tokens["bcr-n4"] < 0.9 * tokens["rl-n1"]
+    assert tokens["rl-n1"] > 0.9 * tokens["base"]
+    assert mean(found, "bcr-n4", "accuracy") > mean(found, "base", "accuracy") - 0.1
+    assert mean(found, "bcr-n4", "loops_per_problem") < 0.8 * mean(found, "base", "loops_per_problem")
+    assert mean(found, "bcr-n4", "accuracy_in_budget", "4") > mean(found, "base", "accuracy_in_budget", "4") + 0.1
+
+
+@pytest.mark.slow
+def test_the_penalty_of_this_strength_shortens_and_does_not_collapse(found):
+    """The baseline that BCR is compared with must be a working one: a penalty that did nothing would flatter BCR."""
+    assert mean(found, "penalty-1", "tokens_per_problem") < 0.97 * mean(found, "rl-n1", "tokens_per_problem")
+    assert mean(found, "penalty-1", "accuracy") > mean(found, "base", "accuracy") - 0.15
+
+
+def test_every_arm_sees_as_many_problems():
+    """Arms that learn from more problems than others: the comparison would be of data, not of methods."""
+    for name, flags in study.ARMS.items():
+        if flags and "," not in str(flags["n"]):
+            assert abs(study.groups(flags["n"], study.PROBLEMS) * int(flags["n"]) - study.PROBLEMS) <= 1, name
+
+
+def test_the_anatomy_counts_what_it_names():
+    """Waits, restatements or repetitions that are counted as each other."""
+    text = ("### Problem 1\nWe need 2 + 3. 2 + 3 = 5. Wait, check: 5 - 3 = 2, ok. Wait, let me do it again. 2 + 3 = 5.\nAnswer 1: \\boxed{5}"
+            "\n\n### Problem 2\nAnswer 2: \\boxed{7}")
+    assert study.anatomy([{"completion": text}]) == {"waits": 1.0, "restated": 0.5, "done_again": 0.5, "no_steps": 0.5, "equations": 1.5}
