@@ -64,6 +64,9 @@ ARMS = {
     **{f"penalty-{strength}": arm(1, 192, length_penalty=strength) for strength in STRENGTHS},
     **{f"penalty-{strength}-std": arm(1, 192, length_penalty=strength, normalize_std=True) for strength in STRENGTHS},
     "togo-n4": arm(4, 150, credit="togo"),
+    # does it last? the only arms that see more problems than the others
+    "bcr-n4-long": arm(4, 150, steps=80), "penalty-4-long": arm(1, 192, length_penalty=4, steps=80),
+    "penalty-4-std-long": arm(1, 192, length_penalty=4, normalize_std=True, steps=80),
 }
 SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # arms that are evaluated at all NS, the others at 1, 4 and 8
 ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are tried on harder problems, too
@@ -108,7 +111,7 @@ def one_run(o, name, seed):
     out, clock, model, flags = o.out, time.time(), {}, ARMS[name]
     if flags:
         trained = out / f"{name}-seed{seed}"
-        bcr_run(trained, **flags, groups=groups(flags["n"], o.problems), seed=seed, steps=o.steps, lr=LR, save_every=10, eval_n=1, eval_problems=1)
+        bcr_run(trained, **{"steps": o.steps} | flags, groups=groups(flags["n"], o.problems), seed=seed, lr=LR, save_every=10, eval_n=1, eval_problems=1)
         model = {"model": trained / "model"}
     common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": o.evaluated}
     bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, NS if name in SCALING else (1, 4, 8))))
@@ -409,8 +412,8 @@ def figures(out, found):
     save(figure, out / "anatomy.png")
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
-    for names, axis, title in (((("bcr-n4", "tab:blue"), ("togo-n4", "tab:green")), axes[0], "N = 4: right in the budget"),
-                               ((("rl-n1", "tab:orange"), ("penalty-1", "tab:red"), ("penalty-4", "tab:brown"), ("penalty-4-std", "tab:purple")),
+    for names, axis, title in (((("bcr-n4-long", "tab:gray"), ("bcr-n4", "tab:blue"), ("togo-n4", "tab:green")), axes[0], "N = 4: right in the budget"),
+                               ((("rl-n1", "tab:orange"), ("penalty-1", "tab:red"), ("penalty-4-long", "tab:brown"), ("penalty-4-std-long", "tab:purple")),
                                 axes[1], "N = 1: right in training")):
         for name, colour in names:
             if name in found:
