@@ -41,6 +41,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import jinja2
@@ -538,9 +539,10 @@ def accumulate_gradient(model, master, prompts, owners, completions, sampled, ad
 
     The loss of a micro-batch is a sum divided by the one `constant` (P * G * budget, the most
     tokens that the step could have sampled), so its gradients add up to those of the whole:
-    nothing depends on how the rows were split. A prompt is computed once for all its rows: its
-    keys and values gather the gradients of the rows, and pass them on at the end. Returns the loss
-    and the gaps |logprob here - logprob in the sampler|, their sum and the largest: 0 but for rounding."""
+    nothing depends on how the rows were split. A prompt is computed once for all its rows: its keys
+    and values gather the gradients of the rows (in their own type: a prompt has few), and pass them on
+    at the end. Returns the loss and the gaps |logprob here - logprob in the sampler|, their sum and the
+    largest: 0 but for rounding."""
 
     def gather():  # bfloat16 gradients are summed in float32
         for ours, computed in zip(master, model.parameters()):
@@ -595,7 +597,7 @@ def with_less_memory(work, shrink):
         try:
             return work()
         except RuntimeError as error:  # CUDA's own kind, or the CPU allocator's message
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
                 raise
         if not (done := shrink()):
             raise UserError("memory runs out even for one row at a time: lower --budget, or take a smaller model or a larger machine")
@@ -1253,6 +1255,10 @@ def load(s):
         raise UserError(f"--dtype {dtype} is not supported: use float32 or bfloat16")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device} is not to be had on this machine: use cpu")
+    if device.startswith("cuda") and RANKS == 1:
+        if (number := torch.device(device).index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device} is not to be had: this machine has {torch.cuda.device_count()} of them, counted from cuda:0")
+        torch.cuda.set_device(number)  # graphs are captured on the current device
     if RANKS > 1 and not dist.is_initialized():
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1260,7 +1266,8 @@ def load(s):
         # A restart must not find the addresses that the processes before it have left in torchrun's store.
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of process group {os.environ.get('TORCHELASTIC_RUN_ID')}"
         store, *_ = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=RANK, world_size=RANKS)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=RANK, world_size=RANKS,
+                                timeout=timedelta(days=1))  # a rank that has sampled waits for the slowest: NCCL would give up after ten minutes
     chat = load_chat(find_model(s.model))
     if s.shard and RANKS > 1:
         model = Transformer.from_pretrained(chat.path, torch.float32, device, lambda model: divide(model, getattr(torch, dtype), device))
@@ -1442,7 +1449,7 @@ def run(s):
     model, chat, about = load(s)
     # Float32 master weights: the model's own if it is computed in float32, else copies.
     master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay, foreach=False)  # foreach takes 4 bytes a weight more
     check_settings(s, model, chat, problems, benchmarks)
     out = of_all_ranks(open_out(s) if RANK == 0 else None)[0]
     if not out.is_dir():
@@ -1537,7 +1544,9 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        print(f"bcr.py: error: {error}" + f" (process {RANK} of {RANKS})" * (RANKS > 1), file=sys.stderr)
+        print(f"bcr.py: error: {error}" + f" (process {RANK} of {RANKS})" * (RANKS > 1), file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # an orderly end would wait for what the other processes have begun
         sys.exit(2)
     except (OSError, SafetensorError) as error:  # a full disk, a directory that is gone
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""

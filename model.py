@@ -22,6 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+# cuDNN's attention gives NaN gradients under a mask at some lengths (pytorch issue 196678) and plans anew for
+# every shape; without it a GPU takes the flash or the memory-efficient kernel.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one sentence that names the thing and the

@@ -86,7 +86,8 @@ class Past:
         own = torch.ones(longest, longest, dtype=torch.bool, device=owners.device).tril()
         prompt = torch.arange(prefix.k[0].shape[2], device=owners.device) < lengths[:, None]  # (B, T)
         seen = torch.cat((prompt[:, None].expand(-1, longest, -1), own.expand(len(owners), -1, -1)), dim=-1)
-        self.mask = torch.zeros(seen.shape, dtype=prefix.k[0].dtype, device=owners.device)
+        width = -(-seen.shape[2] // 8) * 8  # a GPU would copy, in each layer, a mask whose rows do not begin at multiples of 8
+        self.mask = torch.zeros(*seen.shape[:2], width, dtype=prefix.k[0].dtype, device=owners.device)[..., :seen.shape[2]]
         self.mask = self.mask.masked_fill_(~seen, -torch.inf)[:, None]  # (B, 1, longest, T + longest), added to the scores
 
     def update(self, layer, k, v):
@@ -192,6 +193,7 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             for i, p in enumerate(fresh):
                 prefixes[p] = [torch.stack([of_layer[i, :, :len(prompts[p]) - 1] for of_layer in kv])  # (L, K, T, D)
                                for kv in (prefix.k, prefix.v)]
+            del prefix
             free = slice(n, n + len(taken))
             for row, (p, _) in enumerate(taken, start=n):
                 for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
@@ -225,8 +227,8 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             movers = kept + (~done[kept:]).nonzero()[0]
             filled = int(reach[:n].max()) + 1
             if len(holes):
-                for kv in (cache.k, cache.v):
-                    kv[:, holes, :, :filled] = kv[:, movers, :, :filled]
+                for kv in (*cache.k, *cache.v):  # (R, K, T, D) of one layer: what moves is copied twice
+                    kv[holes, :, :filled] = kv[movers, :, :filled]
                 for state in (noise, tokens, logprobs, last, position, count, alive, job, reach):
                     state[holes] = state[movers]
             alive[kept:n] = False

@@ -52,6 +52,36 @@ def test_the_trainer_sees_the_distribution_that_was_sampled(dtype, gap):
     assert largest < gap and all(torch.isfinite(weight.grad).all() for weight in master)
 
 
+@pytest.mark.parametrize("longest", [55, 63, 119, 191])
+def test_gradients_under_a_mask_are_finite_at_every_length(longest):
+    """cuDNN's attention: NaN where keys end in half a tile of 128 and a row's scores are far below zero. Prompts of
+    one token and more make keys of 64 modulo 128 among these."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    model = random_model("qwen2", num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024)
+    for layer in model.model.layers:  # scores of hundreds
+        torch.nn.init.constant_(layer.self_attn.q_proj.bias, 4.0)
+        torch.nn.init.constant_(layer.self_attn.k_proj.bias, -4.0)
+    model = model.to("cuda", torch.bfloat16)
+    master = [p.detach().float().requires_grad_() for p in model.parameters()]
+    prompts = [list(range(2, 2 + length)) for length in (2, 9, 10, 17)]
+    completions = [torch.randint(2, 60, (longest,)).tolist() for _ in prompts]
+    bcr.accumulate_gradient(model, master, prompts, [0, 1, 2, 3], completions, [torch.zeros(longest)] * 4, np.array([1, -1, 0.5, -0.5]),
+                            constant=1000, s=bcr.Settings())
+    assert all(torch.isfinite(weight.grad).all() for weight in master)
+
+
+def test_a_second_device_samples_as_the_first():
+    """Graphs that are captured on another device than the model's: empty ones, and rows that never end."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    model, expected = random_model(), None
+    for device in ("cuda:0", "cuda:1"):
+        torch.cuda.set_device(device)
+        out = rows_of(generate(model.to(device), PROMPTS, 2, 60, eos_ids=[0], temperature=0))
+        assert expected in (None, out)
+        expected = out
+
+
 def test_a_training_step_of_the_15b_shape_fits():
     """The recipe's memory in README: N = 3, a budget of 5,120, random weights of DeepSeek-R1-Distill-Qwen-1.5B's shape."""
     if torch.cuda.get_device_properties(0).total_memory < 75e9:
