@@ -114,8 +114,9 @@ def one_run(o, name, seed):
         bcr_run(trained, **{"steps": o.steps} | flags, groups=groups(flags["n"], o.problems), seed=seed, lr=LR, save_every=10, eval_n=1, eval_problems=1)
         model = {"model": trained / "model"}
     common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": o.evaluated}
-    bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, NS if name in SCALING else (1, 4, 8))))
-    if name in ELSEWHERE:
+    ns = (1, 4) if o.brief else NS if name in SCALING else (1, 4, 8)
+    bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, ns)))
+    if name in ELSEWHERE and not o.brief:
         files = ",".join(str(out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
         bcr_run(out / f"{name}-seed{seed}-elsewhere", **model, **common, eval_n="1,4", eval_data=files)
     return f"{name}, seed {seed}: {time.time() - clock:.0f} s"
@@ -211,7 +212,8 @@ def collect(out, arms, seeds):
             figures = {"by_n": results["before"]["heldout"], "seconds": results["seconds"],
                        "anatomy": {n: anatomy(records_of(path / f"evaluation/heldout-n{n}-step0.jsonl")) for n in (1, 4)}}
             by_n = figures["by_n"]
-            figures["lost"] = {kind: {n: by_n["1"][kind] - by_n[n][kind] for n in ("4", "8")} for kind in ("accuracy", "accuracy_in_budget")}
+            figures["lost"] = {kind: {n: by_n["1"][kind] - by_n[n][kind] if n in by_n else math.nan for n in ("4", "8")}
+                               for kind in ("accuracy", "accuracy_in_budget")}
             tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
             figures["exponent"] = float(np.polyfit(np.log([int(n) for n in by_n]), np.log(tokens), 1)[0])  # tokens per problem ~ N^exponent
             figures["monotone"] = bool(np.all(np.diff(tokens) < 0))
@@ -238,6 +240,8 @@ def over_seeds(of_arm, pick):
 
 def cell(values, scale=1.0, digits=1):
     mean, half = interval(np.array(values) * scale)
+    if mean != mean:
+        return ""
     return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
 
 
@@ -255,7 +259,7 @@ def report(out, found):
     parts = []
 
     def at(n, key):
-        return lambda figures: figures["by_n"][str(n)][key]
+        return lambda figures: figures["by_n"].get(str(n), {}).get(key, math.nan)
 
     rows = [[name, str(len(of_arm)), cell(over_seeds(of_arm, at(1, "tokens_per_problem"))), cell(over_seeds(of_arm, at(1, "accuracy")), 100),
              cell(over_seeds(of_arm, at(1, "loops_per_problem")), 1, 2), cell(over_seeds(of_arm, at(4, "tokens_per_problem"))),
@@ -301,7 +305,7 @@ def report(out, found):
 
     rows = []
     for name in ("bcr-n4", "bcr-n8", "bcr-mixed", "rl-n1", "rl-n4", "base"):
-        if name in found:
+        if name in found and all("8" in figures["by_n"] for figures in found[name].values()):
             places = np.array(over_seeds(found[name], lambda f: f["by_n"]["8"]["accuracy_by_position"]))
             rows.append([name, *(cell(places[:, i], 100, 0) for i in range(8))])
     parts.append("Right % by position, N = 8, nobody cut\n\n" + markdown(["arm", *(f"{i}" for i in range(1, 9))], rows))
@@ -372,7 +376,8 @@ def figures(out, found):
     for axis, key, title in zip(axes, ("tokens_per_problem", "accuracy", "accuracy_in_budget"),
                                 ("tokens per problem, nobody cut", "right, nobody cut", f"right, all N in {SHARED} tokens")):
         for name, colour in lines:
-            curve(axis, name, key, colour)
+            if all(len(f["by_n"]) == len(NS) for f in found[name].values()):
+                curve(axis, name, key, colour)
         axis.set(title=title, xlabel="N problems in the prompt", ylim=(0, None))
         axis.legend(fontsize=8)
     save(figure, out / "scaling.png")
@@ -438,6 +443,7 @@ def main():
     options.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
     options.add_argument("--problems", type=int, default=PROBLEMS, help="problems in a training step")
     options.add_argument("--evaluated", type=int, default=EVALUATED, help="held-out problems to evaluate on")
+    options.add_argument("--brief", action="store_true", help="evaluate at N = 1 and 4 only, on the world's own problems only")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options.add_argument("--report", action="store_true", help="run nothing")
     o = options.parse_args()

@@ -18,7 +18,7 @@ ARMS = ("base", "bcr-n4", "rl-n1", "penalty-1")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     command = [sys.executable, str(REPO / "tests/study.py"), "--out", str(out), "--arms", ",".join(ARMS), "--seeds", "2", "--steps", "8",
-               "--problems", "16", "--evaluated", "48", "--jobs", "1"]
+               "--problems", "8", "--evaluated", "32", "--brief", "--jobs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     again = subprocess.run([*command, "--report"], capture_output=True, text=True)
