@@ -8,11 +8,12 @@ nothing else in this file asks it to.
     python bcr.py --n 1 --budget 512           plain GRPO: one problem, a budget that cuts no one
     python bcr.py --n 4 --steps 0              only evaluate
     python bcr.py --n 4 --solve FILE.jsonl     answer the problems of a file, 4 a prompt
-    torchrun --nproc-per-node 8 bcr.py ...     the same on eight GPUs, or on CPU cores
+    torchrun --nproc-per-node 8 -- bcr.py ...  the same on eight GPUs, or on CPU cores
     python bcr.py --n 3 --model DIR --data FILE.jsonl --eval-data FILE.jsonl --budget 5120 --lr 1e-6
 
 It reads from top to bottom: settings, data, prompts, rewards and advantages, loss, evaluation,
-report, solving, files, several processes, what may go wrong, and the loop (`train`). The algorithm is GRPO (arXiv 2402.03300) with these parts left out:
+report, solving, files, several processes, what may go wrong, and the loop (`train`). The algorithm is
+GRPO (arXiv 2402.03300) with these parts left out:
 
 - No KL term and no reference model: rewards that are checked need no leash.
 - No division by response length: each sequence's own mean would itself reward or punish length
@@ -52,7 +53,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -469,7 +470,7 @@ def advantages_to_go(correct, penalties, sections, samples, normalize_std=False)
     i(t) being the section that token t stands in: c_j of an earlier problem, j < i(t), is known before
     y_t is drawn, and E[grad log pi(y_t) | what came before] = 0. So the earlier terms add nothing but
     variance, as long as no later token changes an earlier c_j (`sections_of` sees to it: such rows
-    keep the credit of the whole, and the bias is at most their share). b_i is the mean over the
+    keep the credit of the whole, a small bias whose share of rows is the metric `credit_unsure`). b_i is the mean over the
     group, as in `advantages_of`; for the first section the two are equal.
     correct: (R, N); penalties: (R,); sections: R arrays (T,) or None -> R arrays (T,)."""
     togo = correct[:, ::-1].cumsum(axis=1)[:, ::-1] / correct.shape[1] - penalties[:, None]  # (R, N)
