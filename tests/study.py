@@ -65,7 +65,7 @@ ARMS = {
     **{f"penalty-{strength}-std": arm(1, 192, length_penalty=strength, normalize_std=True) for strength in STRENGTHS},
     "togo-n4": arm(4, 150, credit="togo"),
     # does it last? the only arms that see more problems than the others
-    "bcr-n4-long": arm(4, 150, steps=80), "penalty-4-long": arm(1, 192, length_penalty=4, steps=80),
+    "bcr-n4-long": arm(4, 150, steps=80),
     "penalty-4-std-long": arm(1, 192, length_penalty=4, normalize_std=True, steps=80),
 }
 SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # arms that are evaluated at all NS, the others at 1, 4 and 8
@@ -418,7 +418,7 @@ def figures(out, found):
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
     for names, axis, title in (((("bcr-n4-long", "tab:gray"), ("bcr-n4", "tab:blue"), ("togo-n4", "tab:green")), axes[0], "N = 4: right in the budget"),
-                               ((("rl-n1", "tab:orange"), ("penalty-1", "tab:red"), ("penalty-4-long", "tab:brown"), ("penalty-4-std-long", "tab:purple")),
+                               ((("rl-n1", "tab:orange"), ("penalty-1", "tab:red"), ("penalty-4-std-long", "tab:purple")),
                                 axes[1], "N = 1: right in training")):
         for name, colour in names:
             if name in found:
