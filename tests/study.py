@@ -179,7 +179,7 @@ def anatomy(records):
     counts = []
     for record in records:
         sections = re.split(r"^### Problem \d+\n", record["completion"], flags=re.MULTILINE)[1:]
-        for section in sections:
+        for section in sections or [record["completion"]]:  # a model that drops the heading still has a solution
             work = section.split("Answer")[0]
             counts.append((bcr.wait_loops(work), "We need" in work, "do it again" in work, "=" not in work, work.count("=")))
     names = ("waits", "restated", "done_again", "no_steps", "equations")
@@ -268,14 +268,18 @@ def report(out, found):
     parts.append("Arms: mean over seeds, ± half a 95% interval\n\n" + markdown(
         ["arm", "seeds", "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", f"right % in {SHARED}, N=4", "right %, N=8"], rows))
 
-    if "base" in found:
-        rows = []
-        for name in found:
-            for other in ("base", "rl-n1"):
-                if name != other and name != "base" and other in found and (pairs := against(found, name, other, at(1, "accuracy"))):
-                    tokens = [100 * (math.exp(d) - 1) for d in against(found, name, other, lambda f: math.log(at(1, "tokens_per_problem")(f)))]
-                    rows.append([f"{name} against {other}", cell(tokens), cell(pairs, 100), cell(against(found, name, other, at(4, "accuracy")), 100)])
-        parts.append("Differences, seed by seed\n\n" + markdown(["", "tokens %, N=1", "points right, N=1", "points right, N=4"], rows))
+    rows = []
+    for other in ("base", "rl-n1", "bcr-n4", "bcr-n4-long"):
+        for name in found if other in found else ():
+            if name in ("base", other) or other.endswith("long") and not name.endswith("long"):
+                continue
+            tokens = [100 * (math.exp(d) - 1) for d in against(found, name, other, lambda f: math.log(at(1, "tokens_per_problem")(f)))]
+            rows.append([f"{name} against {other}", cell(tokens)] + [cell(against(found, name, other, pick), 100) for pick in (
+                at(1, "accuracy"), at(4, "accuracy"), at(4, "accuracy_in_budget"), *(
+                    lambda f, kind=kind, n=n: f["lost"][kind][n] for kind in ("accuracy", "accuracy_in_budget") for n in ("4", "8")))])
+    parts.append("Differences, seed by seed: tokens, points right, and points lost from N=1 on\n\n" + markdown(
+        ["", "tokens %, N=1", "right, N=1", "right, N=4", f"right in {SHARED}, N=4", "lost to N=4", "lost to N=8",
+         f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}"], rows))
 
     rows = [[name, cell(over_seeds(of_arm, lambda f: f["exponent"]), 1, 3),
              f"{sum(over_seeds(of_arm, lambda f: f['monotone']))} of {len(of_arm)}",
@@ -297,11 +301,14 @@ def report(out, found):
     rows = []
     for name, of_arm in found.items():
         if all("training" in figures for figures in of_arm.values()):
-            rows.append([name, cell(over_seeds(of_arm, lambda f: f["training"]["worst_accuracy"]), 100),
+            worst = over_seeds(of_arm, lambda f: f["training"]["worst_accuracy"])
+            rows.append([name, cell(worst, 100), f"{100 * min(worst):.0f}",
                          cell(over_seeds(of_arm, lambda f: f["training"]["grad_norm_max"]), 1, 3),
                          f"{sum(at(1, 'accuracy')(f) < base / 2 for f in of_arm.values())} of {len(of_arm)}",
+                         f"{100 * np.mean(over_seeds(of_arm, lambda f: f['training']['unsure'])):.2f}",
                          cell(over_seeds(of_arm, lambda f: f["training"]["seconds"]), 1, 0)])
-    parts.append("Stability\n\n" + markdown(["arm", "worst accuracy in training %", "largest gradient norm", "runs below half of base", "seconds"], rows))
+    parts.append("Stability: the worst three steps in training, in the arm's own budget\n\n" + markdown(
+        ["arm", "worst right %", "of any seed", "largest gradient norm", "runs below half of base", "sections unsure %", "seconds"], rows))
 
     rows = []
     for name in ("bcr-n4", "bcr-n8", "bcr-mixed", "rl-n1", "rl-n4", "base"):
