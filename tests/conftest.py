@@ -20,8 +20,17 @@ from smollm2 import Unreachable, smollm2_directory  # noqa: E402
 TINY = REPO / "data" / "tiny"
 
 
+# The files that take longest begin first, so that no process is left alone with one of them at the end.
+LONGEST = ["test_ranks.py", "test_robust.py", "test_study.py", "test_cli.py", "test_evaluation.py", "test_smollm2_cli.py"]
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: takes seconds, runs all the same; leave it out with -m "not slow"')
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def random_model(kind="qwen3", seed=0, **changes):

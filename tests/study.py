@@ -59,7 +59,7 @@ ARMS = {
     "bcr-n4-tight": arm(4, 100), "bcr-n4-loose": arm(4, 220),
     "bcr-mixed": arm("2,4,8", "75,150,300"),
     "rl-n1": arm(1, 512),  # does RL alone shorten?
-    "cap-n1": arm(1, 38),  # is it the sharing, or just the cap?
+    "cap-n1": arm(1, 38), "cap-n1-tight": arm(1, 25),  # is it the sharing, or just the cap?
     "rl-n4": arm(4, 640),  # is it the budget, or just the format?
     **{f"penalty-{strength}": arm(1, 192, length_penalty=strength) for strength in STRENGTHS},
     **{f"penalty-{strength}-std": arm(1, 192, length_penalty=strength, normalize_std=True) for strength in STRENGTHS},
@@ -203,7 +203,7 @@ def interval(values):
 
 def collect(out, arms, seeds):
     """{arm: {seed: figures}} of all runs that have ended."""
-    found = {}
+    found, steps_of = {}, {p["id"]: p["difficulty"] for p in bcr.load_problems(REPO / "data/tiny/heldout.jsonl")}
     for name in arms:
         for seed in seeds:
             path = out / f"{name}-seed{seed}-evaluated"
@@ -212,6 +212,10 @@ def collect(out, arms, seeds):
             figures = {"by_n": results["before"]["heldout"], "seconds": results["seconds"],
                        "anatomy": {n: anatomy(records_of(path / f"evaluation/heldout-n{n}-step0.jsonl")) for n in (1, 4)}}
             by_n = figures["by_n"]
+            of_steps = {}
+            for record in records_of(path / "evaluation/heldout-n1-step0.jsonl"):
+                of_steps.setdefault(steps_of[record["problems"][0]], []).append((record["tokens"], record["correct"][0]))
+            figures["by_steps"] = {steps: np.mean(values, axis=0).tolist() for steps, values in sorted(of_steps.items())}
             figures["lost"] = {kind: {n: by_n["1"][kind] - by_n[n][kind] if n in by_n else math.nan for n in ("4", "8")}
                                for kind in ("accuracy", "accuracy_in_budget")}
             tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
@@ -296,6 +300,11 @@ def report(out, found):
     rows = [[name, *(cell(over_seeds(of_arm, lambda f: f["anatomy"][1][key]), scale, digits) for key, scale, digits in (
         ("waits", 1, 2), ("equations", 1, 2), ("restated", 100, 1), ("done_again", 100, 1), ("no_steps", 100, 1)))] for name, of_arm in found.items()]
     parts.append("What shortened, N = 1\n\n" + markdown(["arm", "waits", "equations", "restated %", "done again %", "no steps %"], rows))
+
+    rows = [[name, *(cell(over_seeds(of_arm, lambda f: f["by_steps"].get(steps, [math.nan] * 2)[i]), scale)
+                     for steps in (2, 3, 4) for i, scale in ((0, 1), (1, 100)))] for name, of_arm in found.items()]
+    parts.append("By the number of steps that a problem needs, N = 1\n\n" + markdown(
+        ["arm"] + [f"{steps} steps, {what}" for steps in (2, 3, 4) for what in ("tokens", "right %")], rows))
 
     base = np.mean(over_seeds(found["base"], at(1, "accuracy"))) if "base" in found else 0
     rows = []

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import reward
 import study
+import study_real
 from conftest import REPO
 
 ARMS = ("base", "bcr-n4", "rl-n1", "penalty-1")
@@ -61,3 +64,28 @@ def test_the_anatomy_counts_what_it_names():
     text = ("### Problem 1\nWe need 2 + 3. 2 + 3 = 5. Wait, check: 5 - 3 = 2, ok. Wait, let me do it again. 2 + 3 = 5.\nAnswer 1: \\boxed{5}"
             "\n\n### Problem 2\nAnswer 2: \\boxed{7}")
     assert study.anatomy([{"completion": text}]) == {"waits": 1.0, "restated": 0.5, "done_again": 0.5, "no_steps": 0.5, "equations": 1.5}
+
+
+def test_a_solution_without_its_heading_is_counted():
+    """A model that drops the heading: its solutions would vanish from the means, or take them with them."""
+    assert study.anatomy([{"completion": "### 1\n2 + 3 = 5.\nAnswer 1: \\boxed{5}"}])["equations"] == 1.0
+
+
+def test_the_word_problems_have_the_answers_that_they_ask_for(tmp_path):
+    """Golds that are wrong, or held-out problems that were trained on."""
+    study_real.make_problems(tmp_path)
+    train, heldout = (study.records_of(tmp_path / f"{name}.jsonl") for name in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (study_real.TRAIN, study_real.HELDOUT)
+    assert len({one["problem"] for one in train + heldout}) == len(train) + len(heldout)
+    for one in train + heldout:
+        a, b = map(int, re.findall(r"\d+", one["problem"]))
+        assert int(one["answer"]) == (a - b if "gives" in one["problem"] else a * b if "cost" in one["problem"] or "boxes" in one["problem"] else a + b)
+
+
+def test_what_the_warm_up_teaches_is_what_the_reward_wants():
+    """A format in which right solutions earn nothing: the arms would start from a model that was taught to fail."""
+    solved = [{"solution": "He has 2 + 3 = 5 pens.", "answer": "5"}, {"solution": "6 - 2 is 4.\n#### 4", "answer": "4"}]
+    text = study_real.in_format(solved)
+    assert reward.score(text, ["5", "4"]) == [1.0, 1.0] and reward.score(text, ["4", "5"]) == [0.0, 0.0]
+    assert study_real.anatomy([{"completion": text, "problems": ["a", "b"]}], {"a": "5", "b": "4"}) == {
+        "sentences": 1.0, "equations": 0.5, "answer_said": 1.5}
