@@ -273,9 +273,9 @@ def report(out, found):
         ["arm", "seeds", "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", f"right % in {SHARED}, N=4", "right %, N=8"], rows))
 
     rows = []
-    for other in ("base", "rl-n1", "bcr-n4", "bcr-n4-long"):
+    for other, only in (("base", ""), ("rl-n1", ""), ("bcr-n4", ""), ("bcr-n4-tight", "cap-n1-tight"), ("bcr-n4-long", "penalty-4-std-long")):
         for name in found if other in found else ():
-            if name in ("base", other) or other.endswith("long") and not name.endswith("long"):
+            if name in ("base", other) or only not in name:
                 continue
             tokens = [100 * (math.exp(d) - 1) for d in against(found, name, other, lambda f: math.log(at(1, "tokens_per_problem")(f)))]
             rows.append([f"{name} against {other}", cell(tokens)] + [cell(against(found, name, other, pick), 100) for pick in (

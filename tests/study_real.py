@@ -37,7 +37,7 @@ TEMPERATURE = 0.7  # of all sampling; at 1 this model is right at N = 3 only a q
 STEPS, LR = 30, 2e-5
 ARMS = {
     "warm": {},
-    "bcr-n3": {"n": 3, "budget": 110, "groups": 2},  # after the warm-up three solutions take about 160 tokens
+    "bcr-n3": {"n": 3, "budget": 140, "groups": 2},  # after the warm-up three solutions take about 160 tokens
     "rl-n1": {"n": 1, "budget": 128, "groups": 6},  # which cuts hardly anyone
 }
 
