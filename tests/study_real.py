@@ -147,15 +147,14 @@ def one_run(out, name, seed):
 
 
 def anatomy(records, golds):
-    """What a solution consists of, Answer lines left out, means over problems: sentences, equations, and how often it
-    says the right answer (more than once is a restatement)."""
+    """What a solution at N = 1 consists of, means over problems: whether it has its heading; then, heading and Answer
+    line left out, its words, equations, and how often it says the right answer (more than once is a restatement)."""
     counts = []
     for record in records:
-        sections = re.split(r"^### Problem \d+\n", record["completion"], flags=re.MULTILINE)[1:] or [record["completion"]]
-        for section, name in zip(sections, record["problems"]):
-            work = section.split("\nAnswer")[0].strip()
-            counts.append((len(re.findall(r"[.!?](?=\s|$)", work)), work.count("="), len(re.findall(rf"\b{golds[name]}\b", work))))
-    return dict(zip(("sentences", "equations", "answer_said"), np.mean(counts, axis=0).tolist()))
+        heading, text = re.match(r"(### Problem \d+\n)?(.*)", record["completion"], re.DOTALL).groups()
+        work = re.split(r"^Answer", text, flags=re.MULTILINE)[0]
+        counts.append((heading is not None, len(work.split()), work.count("="), len(re.findall(rf"\b{golds[record['problems'][0]]}\b", work))))
+    return dict(zip(("headed", "words", "equations", "answer_said"), np.mean(counts, axis=0).tolist()))
 
 
 def report(out, seeds):
@@ -182,7 +181,7 @@ def report(out, seeds):
                 steps = study.records_of(out / f"{name}-seed{seed}/metrics.jsonl")
                 found[name][seed]["training"] = steps
     text = study.markdown(["arm", "seed", "tokens, N=1", "right %, N=1", "tokens, N=3", "right %, N=3", f"in {ARMS['bcr-n3']['budget']} tokens",
-                           "sentences", "equations", "answer said"], rows)
+                           "with heading", "words", "equations", "answer said"], rows)
     for name, of_arm in found.items():
         for seed, figures in of_arm.items():
             for key, digits in (("tokens_per_problem", 0), ("accuracy", 2)) if "training" in figures else ():

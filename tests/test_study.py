@@ -87,5 +87,6 @@ def test_what_the_warm_up_teaches_is_what_the_reward_wants():
     solved = [{"solution": "He has 2 + 3 = 5 pens.", "answer": "5"}, {"solution": "6 - 2 is 4.\n#### 4", "answer": "4"}]
     text = study_real.in_format(solved)
     assert reward.score(text, ["5", "4"]) == [1.0, 1.0] and reward.score(text, ["4", "5"]) == [0.0, 0.0]
-    assert study_real.anatomy([{"completion": text, "problems": ["a", "b"]}], {"a": "5", "b": "4"}) == {
-        "sentences": 1.0, "equations": 0.5, "answer_said": 1.5}
+    one = study_real.in_format(solved[1:])
+    assert study_real.anatomy([{"completion": one, "problems": ["a"]}, {"completion": one.split("\n", 1)[1], "problems": ["a"]}], {"a": "4"}) == {
+        "headed": 0.5, "words": 7.0, "equations": 0.0, "answer_said": 2.0}
