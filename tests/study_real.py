@@ -1,7 +1,7 @@
 """
 Does BCR shorten a pretrained model that nobody taught to loop? SmolLM2-135M-Instruct, N = 3 against plain GRPO at N = 1.
 
-    python tests/study_real.py          runs what is missing (about an hour and a half on two cores), then the report
+    python tests/study_real.py          runs what is missing (an hour and a half or two on two cores), then the report
     python tests/study_real.py --report                    only the report, of what is there
 
 The model (from a PyPI package, 4 bits a weight, see smollm2.py) is right about one time in six on problems of one
@@ -208,7 +208,7 @@ def examples(out, found, count=12):
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=REPO / "out/study-real", help="directory of the study (default: out/study-real)")
-    options.add_argument("--seeds", type=int, default=1, help="seeds of each arm")
+    options.add_argument("--seeds", type=int, default=2, help="seeds of each arm")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options.add_argument("--report", action="store_true", help="run nothing")
     o = options.parse_args()
