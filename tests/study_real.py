@@ -176,12 +176,13 @@ def report(out, seeds):
                 half = 1.96 * tokens.std(ddof=1) / len(tokens) ** 0.5  # prompts are independent
                 row += [f"{tokens.mean():.1f} ±{half:.1f}", "{:.1f} ({:.1f} to {:.1f})".format(100 * of_n["accuracy"], *(100 * x for x in of_n["accuracy_ci95"]))]
             row += [f"{100 * by_n['3']['accuracy_in_budget']:.1f}", *(f"{parts[key]:.2f}" for key in parts)]
+            row += [f"{np.mean([record['tokens'] for record in records[1] if record['correct'][0] == right]):.1f}" for right in (1, 0)]
             rows.append(row)
             if ARMS[name]:
                 steps = study.records_of(out / f"{name}-seed{seed}/metrics.jsonl")
                 found[name][seed]["training"] = steps
     text = study.markdown(["arm", "seed", "tokens, N=1", "right %, N=1", "tokens, N=3", "right %, N=3", f"in {ARMS['bcr-n3']['budget']} tokens",
-                           "with heading", "words", "equations", "answer said"], rows)
+                           "with heading", "words", "equations", "answer said", "tokens of the right, N=1", "of the wrong"], rows)
     for name, of_arm in found.items():
         for seed, figures in of_arm.items():
             for key, digits in (("tokens_per_problem", 0), ("accuracy", 2)) if "training" in figures else ():
