@@ -125,7 +125,10 @@ def prepare(out):
     if not (out / "heldout.jsonl").exists():
         make_problems(out)
     if not (out / "warm/tokenizer_config.json").exists():
-        model, chat, _ = bcr.load(bcr.Settings(model=str(smollm2.smollm2_directory())))
+        try:
+            model, chat, _ = bcr.load(bcr.Settings(model=str(smollm2.smollm2_directory())))
+        except smollm2.Unreachable as reason:
+            raise SystemExit(f"SmolLM2-135M-Instruct is not to be had: {reason}") from None
         warm_up(model, chat, own_solutions(model, chat, bcr.load_problems(out / "train.jsonl"), out / "own.jsonl"), out / "warm")
 
 
