@@ -356,18 +356,15 @@ def report(out, found):
     bcr.write_json(out / "results.json", found)
 
 
-def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4):
+def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4, heldout=REPO / "data/tiny/heldout.jsonl"):
     """The same problems answered by several arms (seed 0, N = 1), side by side: examples.txt."""
-    problems, parts = bcr.load_problems(REPO / "data/tiny/heldout.jsonl"), []
-    known = {problem["id"]: problem["problem"] for problem in problems}
+    problems, parts = {problem["id"]: problem["problem"] for problem in bcr.load_problems(heldout)}, []
     files = {name: out / f"{name}-seed0-evaluated/evaluation/heldout-n1-step0.jsonl" for name in names}
     records = {name: records_of(path) for name, path in files.items() if path.exists()}
-    for p in range(count):
+    for p in range(count if records else 0):
+        parts.append("=" * 100 + "\n" + problems[next(iter(records.values()))[p]["problems"][0]])
         for name, of_arm in records.items():
-            record = of_arm[p]
-            if name == next(iter(records)):
-                parts.append("=" * 100 + f"\n{known[record['problems'][0]]}")
-            parts.append(f"--- {name}: {record['tokens']} tokens, {'right' if record['correct'][0] else 'wrong'}\n{record['completion']}")
+            parts.append(f"--- {name}: {of_arm[p]['tokens']} tokens, {'right' if of_arm[p]['correct'][0] else 'wrong'}\n{of_arm[p]['completion']}")
     bcr.write_text(out / "examples.txt", "\n\n".join(parts) + "\n")
 
 

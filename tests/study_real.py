@@ -37,7 +37,7 @@ TEMPERATURE = 0.7  # of all sampling; at 1 this model is right at N = 3 only a q
 STEPS, LR = 30, 2e-5
 ARMS = {
     "warm": {},
-    "bcr-n3": {"n": 3, "budget": 140, "groups": 2},  # after the warm-up three solutions take about 160 tokens
+    "bcr-n3": {"n": 3, "budget": 140, "groups": 2},  # after the warm-up three solutions take about 156 tokens
     "rl-n1": {"n": 1, "budget": 128, "groups": 6},  # which cuts hardly anyone
 }
 
@@ -182,8 +182,7 @@ def report(out, seeds):
             row += [f"{np.mean([record['tokens'] for record in records[1] if record['correct'][0] == right]):.1f}" for right in (1, 0)]
             rows.append(row)
             if ARMS[name]:
-                steps = study.records_of(out / f"{name}-seed{seed}/metrics.jsonl")
-                found[name][seed]["training"] = steps
+                found[name][seed]["training"] = study.records_of(out / f"{name}-seed{seed}/metrics.jsonl")
     text = study.markdown(["arm", "seed", "tokens, N=1", "right %, N=1", "tokens, N=3", "right %, N=3", f"in {ARMS['bcr-n3']['budget']} tokens",
                            "with heading", "words", "equations", "answer said", "tokens of the right, N=1", "of the wrong"], rows)
     for name, of_arm in found.items():
@@ -195,18 +194,7 @@ def report(out, seeds):
     print(text)
     bcr.write_text(out / "report.txt", text + "\n")
     bcr.write_json(out / "results.json", found)
-    examples(out, found)
-
-
-def examples(out, found, count=12):
-    """The same problems, answered by each arm (seed 0, N = 1), side by side."""
-    problems, parts = {p["id"]: p["problem"] for p in bcr.load_problems(out / "heldout.jsonl")}, []
-    records = {name: study.records_of(out / f"{name}-seed0-evaluated/evaluation/heldout-n1-step0.jsonl") for name in found if 0 in found[name]}
-    for p in range(count if records else 0):
-        parts.append("=" * 100 + "\n" + problems[next(iter(records.values()))[p]["problems"][0]])
-        for name, of_arm in records.items():
-            parts.append(f"--- {name}: {of_arm[p]['tokens']} tokens, {'right' if of_arm[p]['correct'][0] else 'wrong'}\n{of_arm[p]['completion']}")
-    bcr.write_text(out / "examples.txt", "\n\n".join(parts) + "\n")
+    study.examples(out, tuple(ARMS), 12, out / "heldout.jsonl")
 
 
 def main():

@@ -46,6 +46,15 @@ def test_bcr_shortens_and_plain_rl_does_not(found):
 
 
 @pytest.mark.slow
+def test_problems_of_more_steps_take_more_tokens(found):
+    """Figures by the number of steps that stand under another number, or mix N."""
+    for of_seed in found["base"].values():
+        by_steps, accuracy = of_seed["by_steps"], of_seed["by_n"]["1"]["accuracy"]
+        assert by_steps["2"][0] < by_steps["4"][0] and list(by_steps) == ["2", "3", "4"]
+        assert min(right for _, right in by_steps.values()) <= accuracy <= max(right for _, right in by_steps.values())
+
+
+@pytest.mark.slow
 def test_the_penalty_of_this_strength_shortens_and_does_not_collapse(found):
     """The baseline that BCR is compared with must be a working one: a penalty that did nothing would flatter BCR."""
     assert mean(found, "penalty-1", "tokens_per_problem") < 0.97 * mean(found, "rl-n1", "tokens_per_problem")
@@ -57,6 +66,14 @@ def test_every_arm_sees_as_many_problems():
     for name, flags in study.ARMS.items():
         if flags and "," not in str(flags["n"]) and not name.endswith("long"):
             assert abs(study.groups(flags["n"], study.PROBLEMS) * int(flags["n"]) - study.PROBLEMS) <= 1, name
+
+
+def test_differences_are_taken_seed_by_seed_and_intervals_are_students():
+    """Intervals that are too narrow for five seeds, seeds paired with others, or the sign of a difference."""
+    middle, half = study.interval([1, 2, 3, 4, 5])
+    assert middle == 3 and half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=3e-3)
+    found = {"ours": {0: 10, 1: 30, 2: 99}, "theirs": {1: 25, 0: 8}}
+    assert study.against(found, "ours", "theirs", float) == [2, 5]
 
 
 def test_the_anatomy_counts_what_it_names():
@@ -87,6 +104,7 @@ def test_what_the_warm_up_teaches_is_what_the_reward_wants():
     solved = [{"solution": "He has 2 + 3 = 5 pens.", "answer": "5"}, {"solution": "6 - 2 is 4.\n#### 4", "answer": "4"}]
     text = study_real.in_format(solved)
     assert reward.score(text, ["5", "4"]) == [1.0, 1.0] and reward.score(text, ["4", "5"]) == [0.0, 0.0]
+    assert re.findall(r"^### Problem (\d)$", text, re.MULTILINE) == ["1", "2"]
     one = study_real.in_format(solved[1:])
     assert study_real.anatomy([{"completion": one, "problems": ["a"]}, {"completion": one.split("\n", 1)[1], "problems": ["a"]}], {"a": "4"}) == {
         "headed": 0.5, "words": 7.0, "equations": 0.0, "answer_said": 2.0}
