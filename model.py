@@ -1,17 +1,18 @@
 """
-The transformer, written out by hand: Llama, Qwen2 and Qwen3 decoders in one page.
+The transformer, written by hand: Llama, Qwen2 and Qwen3 decoders.
 
-The three families are one architecture with three switches: Qwen2 adds a bias to q, k and v;
-Qwen3 drops it and normalises q and k per head; Llama has neither (and may scale its RoPE).
-Every parameter carries its Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), so a
-checkpoint is loaded and saved without a table of renamings.
+The three families share one architecture with three switches: Qwen2 adds a bias to q, k and v; Qwen3 drops
+it and normalizes q and k per head; Llama has neither (and may scale its RoPE). Every parameter has its
+Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), so checkpoints load and save without renaming.
 
-Shapes: B sequences, T tokens, V vocabulary, C hidden size, H query heads, K key/value heads,
-D head size.
+The file reads from the blocks to the whole: layers, Transformer, loading and saving, config.json.
+
+Shapes: B sequences, T tokens, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,187 +23,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# cuDNN's attention gives NaN gradients under a mask at some lengths (pytorch issue 196678) and plans anew for
-# every shape; without it a GPU takes the flash or the memory-efficient kernel.
+# cuDNN attention returns NaN gradients at some lengths (pytorch issue 196678) and plans for each shape again.
+# Without it a GPU uses the flash or the memory-efficient kernel.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. Its text is one sentence that names the thing and the
-    mend; the command line prints it without a traceback and exits with status 2."""
-
-
-def read_json(path):
-    """The JSON object in file `path`. Raises UserError if it is missing or is no JSON object."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-# ----------------------------------------------------------------------------------------------
-# Configuration: Hugging Face's config.json, in the forms of transformers 4 and 5
-
-
-@dataclass
-class Config:
-    """What config.json says, as far as the forward pass needs it. `hf` keeps the whole file, so
-    that what we do not read (token ids, architecture) is written back as it was."""
-
-    model_type: str  # "llama", "qwen2" or "qwen3"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    rope: dict  # {"rope_type": "default" | "llama3", "rope_theta": float, ...}
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    hf: dict = field(repr=False)
-
-    @classmethod
-    def from_hf(cls, hf):
-        """Reads a config.json dictionary. Raises UserError, naming the field, for anything that
-        this file would compute wrongly: another model_type, RoPE type or activation, a sliding
-        window in use, a missing or senseless size.
-
-        Defaults for absent fields are those of transformers' LlamaConfig, Qwen2Config and
-        Qwen3Config."""
-        kind = hf.get("model_type")
-        if kind not in ("llama", "qwen2", "qwen3"):
-            raise UserError(f"model_type {kind!r} is not supported: use a llama, qwen2 or qwen3 model")
-
-        def size(name, default=None, most=2**20):
-            value = hf.get(name)
-            value = default if value is None else value
-            if type(value) is not int or not 0 < value <= most:
-                raise UserError(f"config.json: {name} should be an integer from 1 to {most}, not {value!r}")
-            return value
-
-        def flag(name):
-            value = hf.get(name)
-            if not isinstance(value, bool | None):
-                raise UserError(f"config.json: {name} should be true or false, not {value!r}")
-            return bool(value)
-
-        heads, hidden = size("num_attention_heads"), size("hidden_size")
-        config = cls(
-            model_type=kind,
-            vocab_size=size("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            num_hidden_layers=size("num_hidden_layers", most=1000),
-            num_attention_heads=heads,
-            num_key_value_heads=size("num_key_value_heads", heads if kind == "llama" or "num_key_value_heads" in hf else 32),
-            head_dim=size("head_dim", 128 if kind == "qwen3" else max(1, hidden // heads)),
-            rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
-            max_position_embeddings=size("max_position_embeddings", 2048 if kind == "llama" else 32768, most=2**31 - 1),
-            tie_word_embeddings=flag("tie_word_embeddings"),
-            rope=read_rope(hf),
-            qkv_bias=kind == "qwen2" or flag("attention_bias"),
-            o_bias=kind != "qwen2" and flag("attention_bias"),
-            mlp_bias=kind == "llama" and flag("mlp_bias"),
-            qk_norm=kind == "qwen3",
-            hf=hf,
-        )
-        if heads % config.num_key_value_heads:
-            raise UserError(f"config.json: num_attention_heads {heads} is not a multiple of "
-                            f"num_key_value_heads {config.num_key_value_heads}")
-        if config.head_dim % 2:
-            raise UserError(f"config.json: head_dim {config.head_dim} is odd; RoPE needs an even one")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported: only silu is")
-        if hf.get("use_sliding_window"):
-            raise UserError("config.json: this model uses sliding-window attention, which is not supported")
-        types = hf.get("layer_types")
-        if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
-            raise UserError(f"config.json: layer_types {types!r} is not supported: only full_attention is")
-        return config
-
-    def to_hf(self, dtype):
-        """config.json for a model whose weights have torch type `dtype`. RoPE and the type are
-        written in both forms: transformers 5 reads `rope_parameters` and `dtype`, transformers 4
-        (and engines built on it) `rope_theta`, `rope_scaling` and `torch_dtype`, and would
-        silently take theta 10000 without them."""
-        name = str(dtype).removeprefix("torch.")
-        theta = self.rope["rope_theta"]
-        scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
-        return {
-            **self.hf,
-            "head_dim": self.head_dim,
-            "rope_parameters": self.rope,
-            "rope_theta": theta,
-            "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-            "dtype": name,
-            "torch_dtype": name,
-        }
-
-
-def number(fields, name, default=None):
-    """The positive number fields[name], or `default` if it is absent or null. Raises UserError."""
-    value = default if fields.get(name) is None else fields[name]
-    if type(value) not in (int, float) or not 0 < value < 1e12:  # not NaN either
-        raise UserError(f"config.json: {name} should be a positive number, not {value!r}")
-    return float(value)
-
-
-def read_rope(hf):
-    """RoPE's settings from config.json: `rope_parameters` (transformers 5), or `rope_theta` and
-    `rope_scaling` (transformers 4). Raises UserError for a type that we do not compute."""
-    for name in ("rope_parameters", "rope_scaling"):
-        value = hf.get(name)
-        if not isinstance(value, dict | None) or any(isinstance(v, dict) for v in (value or {}).values()):
-            raise UserError(f"config.json: {name} should be one object of numbers, not {value!r}")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope["rope_theta"] = number(rope, "rope_theta", number(hf, "rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope.pop("type", None)
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"config.json: RoPE type {rope['rope_type']!r} is not supported: "
-                        "only default and llama3 are")
-    if number(rope, "partial_rotary_factor", number(hf, "partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
-    if rope["rope_type"] == "llama3":
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            number(rope, name)
-        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
-            raise UserError("config.json: RoPE's low_freq_factor should be below its high_freq_factor")
-    return rope
-
-
-def rope_frequencies(config):
-    """Radians a position for each pair of channels, float32 (D/2,).
-
-    Source: RoFormer (arXiv 2104.09864, section 3.2); the llama3 branch, which slows the long
-    wavelengths by `factor` and blends in between, is the one of the Llama 3.1 model card."""
-    rope, d = config.rope, config.head_dim
-    frequency = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, kept; 0: a long one
-        frequency = frequency * (keep + (1 - keep) / rope["factor"])
-    return frequency
-
 
 # ----------------------------------------------------------------------------------------------
 # The decoder
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 whatever x is (arXiv 1910.07467)."""
+    """x / rms(x) * weight, computed in float32 for any type of x (arXiv 1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -215,7 +45,7 @@ class RMSNorm(nn.Module):
 
 def rotate(x, cos, sin):
     """RoPE in Hugging Face's layout: channel i is paired with channel i + D/2. x: (B, heads, T, D);
-    the first half of sin has its sign changed."""
+    the sign of the first half of sin is flipped."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -238,14 +68,16 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if cache is not None:
-            k, v, mask = cache.update(self.layer, k, v)  # all that this row has seen so far
-        if T == 1 and mask is not None:  # heads that share a key/value head go in as its H/K queries: nothing is repeated
-            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
-            y = y.reshape(B, -1, T, self.head_dim)
+            k, v, mask = cache.update(self.layer, k, v)  # everything this row has seen so far
+        if mask is not None:
+            # One new token: the H/K heads that share a key/value head are its queries; nothing is repeated.
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, -1, T, self.head_dim)
         else:
             shared = q.shape[1] // k.shape[1]
-            k, v = (k, v) if shared == 1 else (k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            if shared > 1:
+                k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -274,8 +106,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`Transformer(config)` has PyTorch's default random weights; `Transformer.from_pretrained(path)`
-    a checkpoint's."""
+    """`Transformer(config)` has PyTorch's default random weights; `Transformer.from_pretrained(path)` loads a
+    checkpoint."""
 
     def __init__(self, config):
         super().__init__()
@@ -287,9 +119,8 @@ class Transformer(nn.Module):
         ))
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.frequencies = rope_frequencies(c)  # no buffer: a cast to bfloat16 must not reach it
-        self.divided = None  # the type it is computed in, where processes divide the float32 weights among them
-        self.checkpointing = False  # keep only the layers' inputs for the backward pass: a third more work, far less memory
+        self.frequencies = rope_frequencies(c)  # not a buffer: stays float32 when the model is cast
+        self.checkpointing = False  # keep only each layer's input for the backward pass
 
     @property
     def device(self):
@@ -297,14 +128,14 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.divided or self.model.embed_tokens.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def hidden(self, tokens, positions=None, cache=None):
-        """The last hidden states, normalised. tokens: (B, T) int64 -> (B, T, C).
+        """Normalized last hidden states. tokens: (B, T) int64 -> (B, T, C).
 
-        Without `cache` each row is a whole sequence, padded on the right if need be: attention
-        is causal, so padding changes nothing before it. With `cache` the rows go on from what it
-        holds, at `positions` (B, T)."""
+        Without `cache` each row is a whole sequence, padded on the right if necessary: attention is causal,
+        so the padding changes nothing before it. With `cache` each row continues what the cache holds, at
+        `positions` (B, T)."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
@@ -328,80 +159,275 @@ class Transformer(nn.Module):
         """tokens: (B, T) int64 -> logits (B, T, V). See `hidden` for `positions` and `cache`."""
         return self.head(self.hidden(tokens, positions, cache))
 
-    # ------------------------------------------------------------------------------------------
-    # Hugging Face directories
-
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", divide=lambda model: None):
-        """Reads a Hugging Face directory: config.json, and model.safetensors or the shards that
-        model.safetensors.index.json lists. The model is built on the meta device and the file's
-        tensors put in place one by one, so that memory holds the weights once. Where `divide`(model)
-        divides the parameters among processes (DTensor), each keeps its part of a tensor at once.
-
-        Raises UserError if a file is missing or damaged, or if a tensor is missing, extra,
-        misshapen or not of a floating-point type: the message names it."""
-        path = Path(path)
-        with torch.device("meta"):
-            model = cls(Config.from_hf(read_json(path / "config.json")))
-        divide(model)
-        expected = model.state_dict()
-        tensors = {}
-        for file in weight_files(path):
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as weights:
-                    for name in weights.keys():
-                        # Some tied checkpoints carry the embedding a second time as lm_head.
-                        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                            continue
-                        if name.endswith(".rotary_emb.inv_freq"):  # Llama 2's hold what we compute
-                            continue
-                        shape = tuple(weights.get_slice(name).get_shape())
-                        if name not in expected:
-                            raise UserError(f"{file} has a tensor {name} that this model has no place for")
-                        if shape != tuple(expected[name].shape):
-                            raise UserError(f"{file}: {name} has shape {shape}, but config.json "
-                                            f"asks for {tuple(expected[name].shape)}")
-                        tensor = weights.get_tensor(name)
-                        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                            raise UserError(f"{file}: {name} has type {tensor.dtype}; quantised "
-                                            "checkpoints are not supported")
-                        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
-                            raise UserError(f"{file}: {name} has values that are not finite numbers: the checkpoint is damaged")
-                        tensors[name] = part_of(tensor.to(dtype), expected[name])
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot read {file}: {error}") from None
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise UserError(f"{path} lacks the tensor {missing[0]}" +
-                            (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-        model.load_state_dict(tensors, strict=True, assign=True)
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Loads a Hugging Face directory: config.json and model.safetensors, or the shards listed in
+        model.safetensors.index.json. Memory holds the weights once. Raises UserError, naming the file, field
+        or tensor (see `read_weights` and `Config.from_hf`)."""
+        model = cls.empty(path)
+        state = {name: tensor.to(dtype) for name, tensor in read_weights(path, model, device)}
+        model.load_state_dict(state, strict=True, assign=True)
         return model.requires_grad_(True)
 
+    @classmethod
+    def empty(cls, path):
+        """A model of the shapes in `path`/config.json, without storage (on the meta device)."""
+        with torch.device("meta"):
+            return cls(Config.from_hf(read_json(Path(path) / "config.json")))
+
     def save_pretrained(self, path):
-        """Writes config.json and the weights (shards above 5 GB) into directory `path`, which
-        transformers 4 and 5 and the engines built on them load as it is."""
+        """Writes config.json and the weights (in shards above 5 GB) into directory `path`. transformers 4 and
+        5 and the engines built on them load it as it is."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(self.state_dict(), path, metadata={"format": "pt"})
-        config = json.dumps(self.config.to_hf(self.dtype), indent=2)
-        (path / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_json(path / "config.json", self.config.to_hf(self.dtype))
 
 
-def part_of(tensor, like):
-    """`tensor`, or this process's part of it if `like` is divided among processes."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def rope_frequencies(config):
+    """Radians per position for each pair of channels, float32 (D/2,).
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # each has read all of it
+    Source: RoFormer (arXiv 2104.09864, section 3.2). The llama3 branch divides the frequency of long
+    wavelengths by `factor` and blends in between, as in the Llama 3.1 model card."""
+    rope, d = config.rope, config.head_dim
+    frequency = 1 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, kept; 0: long, scaled
+        frequency = frequency * (keep + (1 - keep) / rope["factor"])
+    return frequency
+
+
+# ----------------------------------------------------------------------------------------------
+# Weights of a Hugging Face directory
+
+
+def read_weights(path, model, device="cpu"):
+    """Yields (name, tensor) for each parameter of `model`, from the safetensors files of directory `path`.
+
+    Raises UserError if a file is missing or damaged, or if a tensor is missing, unexpected, of the wrong
+    shape, not of a floating-point type or not finite. The message names it."""
+    expected, found = {name: tuple(p.shape) for name, p in model.state_dict().items()}, set()
+    for file in weight_files(Path(path)):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as weights:
+                for name in weights.keys():
+                    # Some tied checkpoints repeat the embedding as lm_head; Llama 2 has RoPE frequencies.
+                    repeated = name == "lm_head.weight" and model.config.tie_word_embeddings
+                    if repeated or name.endswith(".rotary_emb.inv_freq"):
+                        continue
+                    if name not in expected:
+                        raise UserError(f"{file} has a tensor {name}, which this model does not have")
+                    shape = tuple(weights.get_slice(name).get_shape())
+                    if shape != expected[name]:
+                        raise UserError(
+                            f"{file}: {name} has shape {shape}, but config.json asks for {expected[name]}")
+                    tensor = weights.get_tensor(name)
+                    check_tensor(file, name, tensor)
+                    found.add(name)
+                    yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+    if missing := sorted(expected.keys() - found):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path} lacks the tensor {missing[0]}{more}")
+
+
+def check_tensor(file, name, tensor):
+    """Raises UserError for a tensor that is quantized or has values that are not finite."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(f"{file}: {name} has type {tensor.dtype}: quantized checkpoints are not supported")
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise UserError(f"{file}: {name} has values that are not finite: the checkpoint is damaged")
 
 
 def weight_files(path):
-    """The safetensors files of a Hugging Face directory. Raises UserError if there are none."""
+    """The safetensors files of a Hugging Face directory. Raises UserError for an unusable index."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.exists():
         return [path / "model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) and f.isprintable() and f == Path(f).name for f in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
         raise UserError(f"{index} has no usable weight_map: download it again")
     return [path / name for name in sorted(set(weight_map.values()))]
+
+
+def is_file_name(value):
+    """Whether a value is the name of a file in the same directory."""
+    return isinstance(value, str) and value.isprintable() and value == Path(value).name
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors and files
+
+
+class UserError(Exception):
+    """An error the user can fix. Its text is one sentence that names the thing and the fix. The command line
+    prints it without a traceback and exits with status 2."""
+
+
+def read_json(path):
+    """The JSON object in file `path`. Raises UserError if it is missing or not a JSON object."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def write_text(path, text):
+    """Writes a file atomically: a reader sees the old content or the new, never a part of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# config.json, in the forms of transformers 4 and 5
+
+
+@dataclass
+class Config:
+    """The fields of config.json that the forward pass needs. `hf` keeps the whole file, so that fields not
+    used here (token ids, architectures) are written back unchanged."""
+
+    model_type: str  # "llama", "qwen2" or "qwen3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: dict  # {"rope_type": "default" | "llama3", "rope_theta": float, ...}
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    hf: dict = field(repr=False)
+
+    @classmethod
+    def from_hf(cls, hf):
+        """Reads a config.json dictionary. Raises UserError, naming the field, for anything that this file
+        would compute incorrectly: another model_type, RoPE type or activation, a sliding window in use, a
+        missing or invalid size. Defaults for absent fields are those of transformers."""
+        kind = hf.get("model_type")
+        if kind not in ("llama", "qwen2", "qwen3"):
+            raise UserError(f"model_type {kind!r} is not supported: use a llama, qwen2 or qwen3 model")
+        refuse_unsupported(hf)
+        heads, hidden = read_size(hf, "num_attention_heads"), read_size(hf, "hidden_size")
+        kv_heads = heads if kind == "llama" or "num_key_value_heads" in hf else 32
+        config = cls(
+            model_type=kind,
+            vocab_size=read_size(hf, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=read_size(hf, "intermediate_size"),
+            num_hidden_layers=read_size(hf, "num_hidden_layers", most=1000),
+            num_attention_heads=heads,
+            num_key_value_heads=read_size(hf, "num_key_value_heads", kv_heads),
+            head_dim=read_size(hf, "head_dim", 128 if kind == "qwen3" else max(1, hidden // heads)),
+            rms_norm_eps=read_number(hf, "rms_norm_eps", 1e-6),
+            max_position_embeddings=read_size(
+                hf, "max_position_embeddings", 2048 if kind == "llama" else 32768, most=2**31 - 1),
+            tie_word_embeddings=read_flag(hf, "tie_word_embeddings"),
+            rope=read_rope(hf),
+            qkv_bias=kind == "qwen2" or read_flag(hf, "attention_bias"),
+            o_bias=kind != "qwen2" and read_flag(hf, "attention_bias"),
+            mlp_bias=kind == "llama" and read_flag(hf, "mlp_bias"),
+            qk_norm=kind == "qwen3",
+            hf=hf,
+        )
+        if heads % config.num_key_value_heads:
+            raise UserError(f"config.json: num_attention_heads {heads} is not a multiple of "
+                            f"num_key_value_heads {config.num_key_value_heads}")
+        if config.head_dim % 2:
+            raise UserError(f"config.json: head_dim {config.head_dim} is odd; RoPE needs an even one")
+        return config
+
+    def to_hf(self, dtype):
+        """config.json for a model whose weights have torch type `dtype`. RoPE and the type are written in
+        both forms: transformers 5 reads `rope_parameters` and `dtype`; transformers 4 and engines built on it
+        read `rope_theta`, `rope_scaling` and `torch_dtype`, and use theta 10000 if they are absent."""
+        name = str(dtype).removeprefix("torch.")
+        scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
+        return {
+            **self.hf,
+            "head_dim": self.head_dim,
+            "rope_parameters": self.rope,
+            "rope_theta": self.rope["rope_theta"],
+            "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+            "dtype": name,
+            "torch_dtype": name,
+        }
+
+
+def refuse_unsupported(hf):
+    """Raises UserError for a model that needs more than this file computes."""
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported: only silu is")
+    if hf.get("use_sliding_window"):
+        raise UserError("config.json: this model uses sliding-window attention, which is not supported")
+    types = hf.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
+        raise UserError(f"config.json: layer_types {types!r} is not supported: only full_attention is")
+
+
+def read_size(hf, name, default=None, most=2**20):
+    value = default if hf.get(name) is None else hf[name]
+    if type(value) is not int or not 0 < value <= most:
+        raise UserError(f"config.json: {name} should be an integer from 1 to {most}, not {value!r}")
+    return value
+
+
+def read_flag(hf, name):
+    value = hf.get(name)
+    if not isinstance(value, bool | None):
+        raise UserError(f"config.json: {name} should be true or false, not {value!r}")
+    return bool(value)
+
+
+def read_number(fields, name, default=None):
+    value = default if fields.get(name) is None else fields[name]
+    if type(value) not in (int, float) or not 0 < value < 1e12:  # the comparison is false for NaN
+        raise UserError(f"config.json: {name} should be a positive number, not {value!r}")
+    return float(value)
+
+
+def read_rope(hf):
+    """RoPE's settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers
+    4). Raises UserError for a type that is not supported."""
+    for name in ("rope_parameters", "rope_scaling"):
+        value = hf.get(name)
+        if not isinstance(value, dict | None) or any(isinstance(v, dict) for v in (value or {}).values()):
+            raise UserError(f"config.json: {name} should be one object of numbers, not {value!r}")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope["rope_theta"] = read_number(rope, "rope_theta", read_number(hf, "rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope.pop("type", None)
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(f"config.json: RoPE type {rope['rope_type']!r} is not supported: "
+                        "only default and llama3 are")
+    if read_number(rope, "partial_rotary_factor", read_number(hf, "partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
+    if rope["rope_type"] == "llama3":
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            read_number(rope, name)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise UserError("config.json: RoPE's low_freq_factor should be below its high_freq_factor")
+    return rope

@@ -1,15 +1,13 @@
 """
-Sampling: P prompts in, G completions of each out, as fast as plain PyTorch allows.
+Sampling: G completions of each of P prompts, as fast as plain PyTorch allows.
 
-Four ideas, in the order in which they appear below. (1) Every random number is fixed before
-sampling starts, by (seed, step, prompt, sample, token) alone, so that what is sampled depends
-neither on the batch size nor on the order of the work. (2) Keys and values live in one cache that
-is allocated once; each row has its own position in it. (3) A prompt is computed once, and its
-cache copied to its G samples. (4) A row that ends leaves the batch at once, and the next prompts
-take the free rows.
+Four ideas, in the order in which they appear below. (1) Every random number is fixed before sampling starts,
+by (seed, step, prompt, sample, token) alone, so samples depend neither on the batch size nor on the order of
+the work. (2) Keys and values are stored in one cache that is allocated once; each row has its own position
+in it. (3) A prompt is computed once, and its keys and values are copied to its G samples. (4) A row that ends
+leaves the batch at once, and the next prompts take the free rows.
 
-Nothing is cut off the distribution (no top-k, no top-p): what is trained on must be what was
-sampled from.
+No part of the distribution is cut off (no top-k, no top-p): training uses exactly what was sampled from.
 """
 
 from collections import deque
@@ -22,27 +20,26 @@ from model import UserError
 
 
 @dataclass
-class Rollout:
-    """R = P * G completions in the order (prompt, sample), on the CPU. What lies behind a row's
-    length is padding: mask by `lengths`, never by the token, for EOS may serve as padding too."""
+class Completion:
+    """One sample. It has no padding: a loss over its tokens needs no mask, and EOS counts like any token."""
 
-    tokens: torch.Tensor  # (R, longest) int64, as sampled, EOS included
-    logprobs: torch.Tensor  # (R, longest) float32, under the distribution each token was drawn from
-    lengths: torch.Tensor  # (R,) int64
-    truncated: torch.Tensor  # (R,) bool: the budget ended the row, not EOS
+    tokens: list[int]  # as sampled, EOS included
+    logprobs: torch.Tensor  # (T,) float32 on the CPU, under the distribution each token was drawn from
+    truncated: bool  # ended by the budget, not by EOS
 
 
 def uniforms(seed, step, prompt, sample, count):
-    """The `count` numbers in [0, 1) that decide the tokens of one sample, float64 (count,). Philox
-    is a counter-based generator (Salmon et al. 2011): each sample gets a stream of its own, and
-    number t of a stream is the same however many are drawn."""
+    """The `count` numbers in [0, 1) that decide the tokens of one sample, float64 (count,).
+
+    Philox (Salmon et al. 2011) is a counter-based generator: each sample has its own stream, and number t of
+    a stream is the same however many are drawn."""
     key, counter = np.array([seed, step], np.uint64), np.array([0, 0, prompt, sample], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 
 class Cache:
-    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time,
-    each row at its own position. Attention sees the filled part alone."""
+    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each row at
+    its own position. Attention sees the filled part only."""
 
     def __init__(self, config, rows, length, dtype, device):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
@@ -50,12 +47,12 @@ class Cache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def at(self, positions, filled):
-        """Says where the next token of rows 0..n-1 goes. positions: (n,); filled: 1 + the largest."""
+        """Sets where the next token of rows 0..n-1 goes. positions: (n,); filled: more than the largest."""
         self.positions = positions
         self.rows = torch.arange(len(positions), device=positions.device)
         unseen = torch.arange(filled, device=positions.device) > positions[:, None]  # (n, T)
-        self.mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=positions.device)
-        self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), added to the scores
+        mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=positions.device)
+        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), added to the scores
         return self
 
     def update(self, layer, k, v):
@@ -66,10 +63,10 @@ class Cache:
 
 
 class Prefix:
-    """Stands in for a cache while prompts are computed: keeps the keys and values that pass by."""
+    """Takes the place of a cache while prompts are computed: it keeps each layer's keys and values."""
 
     def __init__(self):
-        self.k, self.v, self.hidden = [], [], None  # for each layer: (P, K, T, D); the last hidden states, (P, T, C)
+        self.k, self.v = [], []  # for each layer: (P, K, T, D)
 
     def update(self, layer, k, v):
         self.k.append(k)
@@ -77,36 +74,35 @@ class Prefix:
         return k, v, None  # no mask: plain causal attention
 
 
-class Past:
-    """Stands in for a cache while completions are learned from: row r sees the first lengths[r] keys
-    and values of prompt owners[r] in `prefix`, then its own, up to `longest` tokens."""
+def prefill(model, prompts):
+    """Keys and values of all but the last token of each prompt (sampling feeds that one): one pair of
+    (L, K, T, D) for each. Padding is on the right, where causal attention ignores it."""
+    c, longest = model.config, max((len(prompt) - 1 for prompt in prompts), default=0)
+    if not longest:
+        empty = torch.zeros(c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim, dtype=model.dtype)
+        return [(empty.to(model.device), empty.to(model.device)) for _ in prompts]
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+    prefix = Prefix()
+    model.hidden(tokens.to(model.device), cache=prefix)
+    k, v = torch.stack(prefix.k, dim=1), torch.stack(prefix.v, dim=1)  # (P, L, K, T, D)
+    return [(k[row, :, :, :len(prompt) - 1], v[row, :, :, :len(prompt) - 1])
+            for row, prompt in enumerate(prompts)]
 
-    def __init__(self, prefix, owners, lengths, longest):
-        self.prefix, self.owners = prefix, owners
-        own = torch.ones(longest, longest, dtype=torch.bool, device=owners.device).tril()
-        prompt = torch.arange(prefix.k[0].shape[2], device=owners.device) < lengths[:, None]  # (B, T)
-        seen = torch.cat((prompt[:, None].expand(-1, longest, -1), own.expand(len(owners), -1, -1)), dim=-1)
-        width = -(-seen.shape[2] // 8) * 8  # a GPU would copy, in each layer, a mask whose rows do not begin at multiples of 8
-        self.mask = torch.zeros(*seen.shape[:2], width, dtype=prefix.k[0].dtype, device=owners.device)[..., :seen.shape[2]]
-        self.mask = self.mask.masked_fill_(~seen, -torch.inf)[:, None]  # (B, 1, longest, T + longest), added to the scores
 
-    def update(self, layer, k, v):
-        return (torch.cat((self.prefix.k[layer][self.owners], k), dim=2),
-                torch.cat((self.prefix.v[layer][self.owners], v), dim=2), self.mask)
-
-
-# How often the host looks for rows that ended, in tokens, and to which multiples the numbers of rows
-# and of cached tokens are rounded up: a GPU should neither wait for the host nor meet many shapes.
+# How often the host looks for rows that ended, in tokens, and the multiples to which the numbers of rows and
+# of cached tokens are rounded up: a GPU should neither wait for the host nor see many shapes.
 PACE = {"cpu": (1, 1, 1), "cuda": (8, 32, 256)}
 
 
-def round_up(value, size, most):
-    return min(-(-value // size) * size, most)
+def round_up(value, multiple, most):
+    return min(-(-value // multiple) * multiple, most)
 
 
 def captured(step):
-    """step(n, filled) as CUDA graphs, one for each pair of sizes: a pair's first call runs as it is,
-    the second is recorded, and from then on one launch replays the hundreds of kernels of a token."""
+    """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs eagerly, the
+    second is recorded, and later calls replay the hundreds of kernels of a token with one launch."""
     graphs = {}
 
     def run(*sizes):
@@ -115,7 +111,8 @@ def captured(step):
             return step(*sizes)
         if graphs[sizes] is None:
             graph, others = torch.cuda.CUDAGraph(), [graph for graph in graphs.values() if graph]
-            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):  # one replays at a time: they share memory
+            # One graph replays at a time, so all share one memory pool.
+            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
                 step(*sizes)
             graphs[sizes] = graph
         graphs[sizes].replay()
@@ -123,138 +120,136 @@ def captured(step):
     return run
 
 
+class Rows:
+    """The state of the rows at work: rows 0..n-1 are sampling, the others are free."""
+
+    def __init__(self, model, rows, budget, length):
+        device = model.device
+        self.n = 0
+        self.cache = Cache(model.config, rows, length, model.dtype, device)
+        self.noise = torch.zeros(rows, budget + 1, dtype=torch.float64, device=device)
+        # The last column takes the writes of rows that are done.
+        self.tokens = torch.zeros(rows, budget + 1, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, budget + 1, dtype=torch.float32, device=device)
+        self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # the token to feed next
+        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # where it goes
+        self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget came
+        self.job = np.zeros(rows, dtype=np.int64)  # the index of the completion
+        self.reach = np.zeros(rows, dtype=np.int64)  # at least `position`, on the host: reading it is no sync
+
+    def add(self, jobs, prompts, prefixes, noise):
+        """Starts the completions `jobs` in the free rows. All arguments are lists with one entry for each."""
+        free = slice(self.n, self.n + len(jobs))
+        for row, (k, v) in enumerate(prefixes, start=self.n):
+            self.cache.k[:, row, :, :k.shape[2]] = k
+            self.cache.v[:, row, :, :v.shape[2]] = v
+        self.noise[free, :-1] = torch.from_numpy(np.stack(noise)).to(self.noise.device)
+        self.last[free] = torch.tensor([prompt[-1] for prompt in prompts], device=self.last.device)
+        self.job[free] = jobs
+        self.reach[free] = [len(prompt) - 1 for prompt in prompts]
+        self.position[free] = torch.from_numpy(self.reach[free]).to(self.position.device)
+        self.count[free], self.alive[free] = 0, True
+        self.n += len(jobs)
+
+    def remove(self, done):
+        """Frees the rows where done (n,) is true; rows from the end move into the holes."""
+        kept = self.n - done.sum()
+        holes = done[:kept].nonzero()[0]
+        movers = kept + (~done[kept:]).nonzero()[0]
+        filled = int(self.reach[:self.n].max()) + 1
+        if len(holes):
+            for kv in (*self.cache.k, *self.cache.v):  # (R, K, T, D) of one layer
+                kv[holes, :, :filled] = kv[movers, :, :filled]
+            for state in (self.noise, self.tokens, self.logprobs, self.last, self.position, self.count,
+                          self.alive, self.job, self.reach):
+                state[holes] = state[movers]
+        self.alive[kept:self.n] = False
+        self.n = int(kept)
+
+
+def sample_token(model, rows, eos, budget, temperature, n, filled):
+    """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn for
+    it. Rows that are not alive do not move. Nothing here waits for the host."""
+    cache = rows.cache.at(rows.position[:n], filled)
+    hidden = model.hidden(rows.last[:n, None], rows.position[:n, None], cache)[:, 0]  # (n, C)
+    logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
+    if temperature:
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+        u = rows.noise[:n].gather(1, rows.count[:n, None]) * cdf[:, -1:]  # the sum is 1 up to rounding
+        token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
+        token = token.clamp(max=logp.shape[-1] - 1)  # none does if the logits are not finite
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    rows.tokens[:n].scatter_(1, rows.count[:n, None], token)
+    rows.logprobs[:n].scatter_(1, rows.count[:n, None], logp.gather(1, token))
+    rows.last[:n] = token[:, 0]
+    rows.position[:n] += rows.alive[:n]
+    rows.count[:n] += rows.alive[:n]
+    rows.alive[:n] &= (token != eos).all(dim=1) & (rows.count[:n] < budget)
+
+
+def check_length(model, tokens, budget):
+    """Raises UserError if a prompt of that many tokens and the budget exceed the model's positions."""
+    limit = model.config.max_position_embeddings
+    if tokens + budget > limit:
+        raise UserError(f"a prompt of {tokens} tokens and a budget of {budget} exceed the {limit} positions "
+                        "of this model: lower the budget or N")
+
+
 @torch.no_grad()
-def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
-             prompt_keys=None, rows=256, on_finished=lambda row, tokens, truncated: None):
+def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0, prompt_keys=None,
+             max_rows=256, on_finished=lambda: None):
     """Samples `samples` completions of each prompt, of at most `budget` tokens each.
 
-    prompts: P lists of token ids. prompt_keys: P integers that stand for the prompts in the random
-    stream (default 0..P-1; a process that has a part of the prompts passes their numbers in the
-    whole). temperature 0 takes the likeliest token, and reports its logprob at temperature 1.
-    rows: how many completions are in the cache at a time. on_finished(row, tokens, truncated): called
-    as soon as a completion ends; row counts in the order of the Rollout.
-    Returns a Rollout. Raises UserError if a prompt and the budget exceed the model's positions.
-    """
-    device, limit = model.device, model.config.max_position_embeddings
-    longest_prompt = max(len(prompt) for prompt in prompts)
-    if longest_prompt + budget > limit:
-        raise UserError(f"a prompt of {longest_prompt} tokens and a budget of {budget} exceed the "
-                        f"{limit} positions of this model: lower the budget or N")
-    keys = range(len(prompts)) if prompt_keys is None else prompt_keys
-    jobs = deque((p, g) for p in range(len(prompts)) for g in range(samples))
-    rows = min(rows, len(jobs))
-    finished = [None] * len(jobs)  # (tokens, logprobs, truncated) of each job
+    prompts: P lists of token ids. prompt_keys: P integers that identify the prompts in the random stream
+    (default 0..P-1). temperature: 0 takes the most likely token and reports its logprob at temperature 1.
+    max_rows: how many completions are sampled at a time. on_finished(): called when a completion ends.
 
-    # What is known of each row; rows 0..n-1 are at work, the others free.
-    cache = Cache(model.config, rows, longest_prompt + budget, model.dtype, device)
-    noise = torch.zeros(rows, budget + 1, dtype=torch.float64, device=device)
-    tokens = torch.zeros(rows, budget + 1, dtype=torch.int64, device=device)  # the last column is waste paper
-    logprobs = torch.zeros(rows, budget + 1, dtype=torch.float32, device=device)
-    last = torch.zeros(rows, dtype=torch.int64, device=device)  # the token to be fed next
-    position = torch.zeros(rows, dtype=torch.int64, device=device)  # where it goes
-    count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
-    alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget was met
-    job = np.zeros(rows, dtype=np.int64)
-    reach = np.zeros(rows, dtype=np.int64)  # `position` or more, on the host: no sync to know its maximum
-    eos = torch.tensor(eos_ids, device=device)
-    prefixes, n, since = {}, 0, 0
+    Returns P * samples Completions in the order (prompt, sample). Raises UserError as `check_length` does."""
+    longest = max(len(prompt) for prompt in prompts)
+    check_length(model, longest, budget)
+    keys = range(len(prompts)) if prompt_keys is None else prompt_keys
+    finished = [None] * (len(prompts) * samples)
+    waiting = deque(range(len(finished)))  # job j is sample j % samples of prompt j // samples
+    max_rows = min(max_rows, len(finished))
+    rows = Rows(model, max_rows, budget, longest + budget)
+    eos = torch.tensor(eos_ids, device=model.device)
 
     def one_token(n, filled):
-        """One token for each of the first n rows: inverse-CDF sampling in float64 with the number
-        drawn for it. Rows that are not alive stand still. Nothing here waits for the host."""
-        at = cache.at(position[:n], filled)
-        hidden = model.hidden(last[:n, None], position[:n, None], at)[:, 0]  # (n, C)
-        logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
-        if temperature:
-            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-            u = noise[:n].gather(1, count[:n, None]) * cdf[:, -1:]  # the sum is 1 but for rounding
-            token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
-            token = token.clamp(max=logp.shape[-1] - 1)  # none does if the model's numbers are not finite
-        else:
-            token = logp.argmax(-1, keepdim=True)
-        tokens[:n].scatter_(1, count[:n, None], token)
-        logprobs[:n].scatter_(1, count[:n, None], logp.gather(1, token))
-        last[:n] = token[:, 0]
-        position[:n] += alive[:n]
-        count[:n] += alive[:n]
-        alive[:n] &= (token != eos).all(dim=1) & (count[:n] < budget)
+        sample_token(model, rows, eos, budget, temperature, n, filled)
 
-    step_of = captured(one_token) if device.type == "cuda" else one_token
-    every, row_size, length_size = PACE[device.type]
-    while n or jobs:
-        # Fill the free rows once a whole group fits (or, if rows are few, once all are free).
-        if jobs and rows - n >= min(samples, rows):
-            taken = [jobs.popleft() for _ in range(min(rows - n, len(jobs)))]
-            if rows - n >= samples:  # whole groups only: the rest of a group waits
-                while jobs and jobs[0][1]:
-                    jobs.appendleft(taken.pop())
-            fresh = sorted({p for p, _ in taken} - prefixes.keys())
-            prefix = prefill(model, [prompts[p] for p in fresh])
-            for i, p in enumerate(fresh):
-                prefixes[p] = [torch.stack([of_layer[i, :, :len(prompts[p]) - 1] for of_layer in kv])  # (L, K, T, D)
-                               for kv in (prefix.k, prefix.v)]
-            del prefix
-            free = slice(n, n + len(taken))
-            for row, (p, _) in enumerate(taken, start=n):
-                for ours, prompt in zip((cache.k, cache.v), prefixes[p]):
-                    ours[:, row, :, :prompt.shape[2]] = prompt
-            noise[free, :budget] = torch.from_numpy(np.stack([uniforms(seed, step, keys[p], g, budget) for p, g in taken])).to(device)
-            last[free] = torch.tensor([prompts[p][-1] for p, _ in taken], device=device)
-            job[free] = [p * samples + g for p, g in taken]
-            reach[free] = [len(prompts[p]) - 1 for p, _ in taken]
-            position[free] = torch.from_numpy(reach[free]).to(device)
-            count[free], alive[free] = 0, True
-            waiting = {p for p, _ in jobs}
-            prefixes = {p: prefix for p, prefix in prefixes.items() if p in waiting}
-            n += len(taken)
+    step_of = captured(one_token) if model.device.type == "cuda" else one_token
+    look_every, row_multiple, length_multiple = PACE[model.device.type]
+    prefixes, since = {}, 0
+    while rows.n or waiting:
+        # Fill the free rows once a whole group fits (or, if there are fewer rows, once all are free).
+        room = max_rows - rows.n
+        if waiting and room >= min(samples, max_rows):
+            if room >= samples:
+                room -= (room - len(waiting)) % samples  # whole groups only
+            jobs = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+            owners = [job // samples for job in jobs]
+            fresh = sorted(set(owners) - prefixes.keys())
+            prefixes |= zip(fresh, prefill(model, [prompts[p] for p in fresh]))
+            noise = [uniforms(seed, step, keys[job // samples], job % samples, budget) for job in jobs]
+            rows.add(jobs, [prompts[p] for p in owners], [prefixes[p] for p in owners], noise)
+            prefixes = {p: prefixes[p] for p in {job // samples for job in waiting} & prefixes.keys()}
 
-        step_of(round_up(n, row_size, rows), round_up(int(reach[:n].max()) + 1, length_size, cache.k.shape[3]))
-        reach[:n] += 1
+        filled = round_up(int(rows.reach[:rows.n].max()) + 1, length_multiple, longest + budget)
+        step_of(round_up(rows.n, row_multiple, max_rows), filled)
+        rows.reach[:rows.n] += 1
         since += 1
-        if since < every:
+        if since < look_every:
             continue
 
-        # Rows that ended leave; rows from the end move into the holes, so that 0..n-1 stay at work.
-        since, done = 0, ~alive[:n].cpu().numpy()
+        since, done = 0, ~rows.alive[:rows.n].cpu().numpy()
         if done.any():
             for row in done.nonzero()[0]:
-                length = int(count[row])
-                ids = tokens[row, :length].tolist()
-                finished[job[row]] = ids, logprobs[row, :length].to("cpu", copy=True), ids[-1] not in eos_ids
-                on_finished(int(job[row]), ids, ids[-1] not in eos_ids)
-            kept = n - done.sum()
-            holes = done[:kept].nonzero()[0]
-            movers = kept + (~done[kept:]).nonzero()[0]
-            filled = int(reach[:n].max()) + 1
-            if len(holes):
-                for kv in (*cache.k, *cache.v):  # (R, K, T, D) of one layer: what moves is copied twice
-                    kv[holes, :, :filled] = kv[movers, :, :filled]
-                for state in (noise, tokens, logprobs, last, position, count, alive, job, reach):
-                    state[holes] = state[movers]
-            alive[kept:n] = False
-            n = int(kept)
-
-    lengths = torch.tensor([len(row[0]) for row in finished])
-    out = Rollout(torch.zeros(len(finished), int(lengths.max()), dtype=torch.int64),
-                  torch.zeros(len(finished), int(lengths.max())), lengths,
-                  torch.tensor([row[2] for row in finished]))
-    for i, (ids, logp, _) in enumerate(finished):
-        out.tokens[i, :len(ids)], out.logprobs[i, :len(ids)] = torch.tensor(ids), logp
-    return out
-
-
-def prefill(model, prompts):
-    """Keys and values of all but the last token of each prompt (whoever goes on from there feeds
-    that one), as a Prefix. Padding stands on the right, where causal attention does not see it."""
-    longest = max((len(prompt) - 1 for prompt in prompts), default=0)
-    prefix = Prefix()
-    if not longest:
-        empty = torch.zeros(len(prompts), model.config.num_key_value_heads, 0, model.config.head_dim,
-                            dtype=model.dtype, device=model.device)
-        prefix.k = prefix.v = [empty] * model.config.num_hidden_layers
-        return prefix
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-    prefix.hidden = model.hidden(tokens.to(model.device), cache=prefix)
-    return prefix
+                length = int(rows.count[row])
+                tokens = rows.tokens[row, :length].tolist()
+                logprobs = rows.logprobs[row, :length].to("cpu", copy=True)
+                finished[rows.job[row]] = Completion(tokens, logprobs, tokens[-1] not in eos_ids)
+                on_finished()
+            rows.remove(done)
+    return finished

@@ -1,0 +1,316 @@
+"""
+Several processes. torchrun starts K of them; each samples its share of the prompts and learns from its share
+of the completions. Every draw depends on (seed, step, prompt, sample, token) alone, so K processes sample
+what one process would, and the sum of their gradients is its gradient.
+
+The rest of the repo calls these functions without knowing K: with one process they do the obvious thing.
+Three parts: processes, sharded weights (FSDP2), and checkpoints that any number of processes can resume.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from model import Transformer, UserError, read_weights
+from rollout import generate
+
+# ----------------------------------------------------------------------------------------------
+# Processes
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def was_restarted():
+    """Whether torchrun has restarted the processes because one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def start(device):
+    """Joins the process group and returns the device of this process: "cpu" or "cuda:i"."""
+    if world_size() == 1 or dist.is_initialized():
+        return device
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # After a restart the store still holds the addresses of the processes that ended: use another prefix.
+    attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=rank(),
+        world_size=world_size(), timeout=timedelta(days=1))  # the fastest sampler waits for the slowest
+    return device
+
+
+def all_gather(value):
+    """The values of all processes, in the order of their ranks: a list of K."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def say(text):
+    """Prints a line on the first process."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stdout)  # above a progress bar
+        sys.stdout.flush()
+
+
+def progress_bar(total, title, first=0):
+    """A progress bar on the terminal of the first process; elsewhere it shows nothing."""
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    return tqdm(total=total, desc=title, initial=first, leave=False, disable=hidden)
+
+
+def sample(model, prompts, samples, budget, title="", **options):
+    """`rollout.generate` with the prompts divided among the processes: all completions, on each of them. With
+    a title it shows its progress: a bar on a terminal, a line per minute elsewhere."""
+    mine, own, done, told = range(rank(), len(prompts), world_size()), [], 0, time.time()
+    total = len(mine) * samples
+    with full_weights(model) as whole, progress_bar(total if title else 0, title) as bar:
+
+        def on_finished():
+            nonlocal done, told
+            done += 1
+            bar.update()
+            if title and bar.disable and time.time() - told > 60:
+                told = time.time()
+                say(f"{title}: {done} of {total} completions")
+
+        if mine:
+            own = generate(whole, [prompts[p] for p in mine], samples, budget, prompt_keys=mine,
+                           on_finished=on_finished, **options)
+    parts = [iter(part) for part in all_gather(own)]
+    return [next(parts[p % len(parts)]) for p in range(len(prompts)) for _ in range(samples)]
+
+
+def my_share(rows):
+    """This process's share of the rows, which are sorted by length first: all shares take about as long."""
+    return sorted(rows, key=lambda row: len(row.prompt) + len(row.tokens))[rank()::world_size()]
+
+
+def sum_gradients(weights):
+    """Adds up the gradients of all processes, in place. FSDP2 has already done so for sharded weights."""
+    if world_size() == 1 or isinstance(weights[0], DTensor):
+        return
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        dist.all_reduce(weight.grad)
+
+
+def clip_gradient(weights, max_norm):
+    """Scales the gradient down to norm `max_norm`, in place. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+@contextlib.contextmanager
+def readable_errors(program):
+    """Ends the process with one sentence instead of a traceback for errors that the user can fix (status 2),
+    for the end of another process (status 1), and for Ctrl-C and SIGTERM (status 128 + the signal)."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UserError as error:
+        fail(program, error)
+    except (OSError, SafetensorError) as error:  # a full disk, a directory that was removed
+        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+        fail(program, f"{getattr(error, 'strerror', None) or error}{where}. Saved files are intact. Fix the "
+                      "problem and rerun with --resume --out DIR")
+    except (RuntimeError, MemoryError) as error:
+        if re.search("out of memory|can't allocate memory|unable to allocate", str(error), re.IGNORECASE):
+            fail(program, "memory ran out: lower --rows if it was sampling, lower --micro-tokens or add "
+                          "--checkpointing if it was training, or lower the budget")
+        if world_size() > 1 and "by peer" in str(error):
+            fail(program, "ended because another process ended: see its message", status=1)
+        raise
+    except KeyboardInterrupt as stop:
+        print("\nstopped. To resume, rerun with the same flags and --resume --out DIR", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+def fail(program, message, status=2):
+    process = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
+    print(f"{program}: error: {message}{process}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(status)  # an orderly exit would wait for collectives that other processes have begun
+    sys.exit(status)
+
+
+# ----------------------------------------------------------------------------------------------
+# Sharded weights (--shard)
+
+
+def load_sharded(path, dtype, device):
+    """A model of which each process keeps its share of every float32 weight, and so of gradients and of
+    AdamW's state. A layer's weights are gathered, in type `dtype`, just before they are used, and freed
+    after. Its gradients are summed over the processes in float32; each process keeps its share of the sum.
+
+    Source: PyTorch FSDP (arXiv 2304.11277); ZeRO stage 3 (arXiv 1910.02054)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    model = Transformer.empty(path)
+    mesh = dist.init_device_mesh(torch.device(device).type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    register_fsdp_forward_method(model, "hidden")  # what `head` needs stays gathered until backward
+    shares, state = model.state_dict(), {}
+    for name, tensor in read_weights(path, model, device):
+        # Each process has read the whole tensor and keeps its part: nothing is sent.
+        placement = shares[name].device_mesh, shares[name].placements
+        state[name] = distribute_tensor(tensor.float(), *placement, src_data_rank=None)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.compute_dtype = dtype
+    return model.requires_grad_(True)
+
+
+def is_sharded(model):
+    return hasattr(model, "compute_dtype")
+
+
+@contextlib.contextmanager
+def full_weights(model):
+    """The whole model on each process while it samples. With --shard this is a copy that is gathered once and
+    freed after: gathering each layer again for each token would cost more than computing it."""
+    if not is_sharded(model):
+        yield model
+        return
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    state = {name: weight.to(model.compute_dtype).full_tensor().clone()  # clone drops the padding
+             for name, weight in model.state_dict().items()}
+    whole.load_state_dict(state, assign=True)
+    yield whole
+    whole.to_empty(device="meta")
+
+
+def equal_passes(model, batches, filler):
+    """The micro-batches of this process. With --shard each pass gathers the layers from all processes, so all
+    make as many passes: processes with fewer add `filler`, a batch whose gradient is 0."""
+    if not is_sharded(model):
+        return batches
+    return batches + [filler] * (max(all_gather(len(batches))) - len(batches))
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def checkpoints(out):
+    """The checkpoint directories in `out`, oldest first."""
+    return sorted(path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6}", path.name))
+
+
+def save_checkpoint(out, step, model, master, optimizer):
+    """Writes what the steps after `step` depend on: master weights and AdamW's state. (The order of the data
+    and every draw are functions of the settings and the step.)
+
+    Each process writes the weights that it holds, as safetensors; any number of processes can read them. The
+    directory is written under another name, flushed and renamed, then all but the last two are removed: at
+    any moment the last `checkpoint-*` is complete."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
+    temporary, target = out / "checkpoint.tmp", out / f"checkpoint-{step:06d}"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    all_gather(None)  # the directory exists
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process"
+            save(training_state(model, master, optimizer), no_dist=world_size() == 1,
+                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    except CheckpointException as error:
+        raise first_cause(error) from None
+    if rank() > 0:
+        return
+    flush_directory(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+    flush_directory(out)
+    for old in checkpoints(out)[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, model, master, optimizer):
+    """Restores the last checkpoint in place and returns its step, 0 if there is none. Raises UserError if it
+    is damaged."""
+    if not checkpoints(out):
+        return 0
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+
+    path = checkpoints(out)[-1]
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        saved = reader.read_metadata().state_dict_metadata
+        for name, whole in saved.items():
+            if sum(math.prod(part.sizes) for part in whole.chunks) != math.prod(whole.size):
+                raise KeyError(f"a part of {name} is missing")  # the file of a process
+        for name, weight in zip(parameter_names(model), master):
+            if f"step.{name}" in saved:  # AdamW has no state for weights that had no gradient yet
+                zeros = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[weight] = {"step": torch.tensor(0.0)} | zeros
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process"
+            load(training_state(model, master, optimizer), storage_reader=reader, no_dist=True)
+    except (OSError, SafetensorError, KeyError, TypeError, CheckpointException) as error:
+        raise UserError(f"{path} is damaged ({first_cause(error)}): remove it, and --resume uses the "
+                        "checkpoint before") from None
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def parameter_names(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def training_state(model, master, optimizer):
+    """Master weights and AdamW's state as one flat dict of tensors."""
+    state = {}
+    for name, weight in zip(parameter_names(model), master):
+        state[f"weight.{name}"] = weight.detach()
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[weight].items()}
+    return state
+
+
+def first_cause(error):
+    """The error behind torch.distributed.checkpoint's exception, which quotes whole tracebacks."""
+    return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
+
+
+def flush_directory(path):
+    """Waits until the list of files of a directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

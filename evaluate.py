@@ -1,0 +1,562 @@
+"""
+Evaluation: accuracy and tokens per problem over N, and solving files of problems.
+
+    python evaluate.py --model out/run-1/model --data FILE.jsonl --n 1,2,4,8
+    python evaluate.py --model out/run-1/model --solve FILE.jsonl --n 4 --budget 300
+
+bcr.py calls `evaluate_all` before and after training. Completions are sampled with a budget large enough to
+avoid truncation; the accuracy within a smaller budget is read off the same completions.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+from data.chat import decode, encode_chat, find_model, load_chat
+from data.problems import batch_prompt, evaluation_groups, load_problems, write_lines
+from distributed import say
+from model import Transformer, UserError, read_json, write_json, write_text
+from reward import extract_answers, score
+from rollout import check_length
+
+HERE = Path(__file__).resolve().parent
+
+
+def flag(default, doc, least=None, most=None, choices=None):
+    """A field of a settings class: a flag of the command line with its help text and its range."""
+    metadata = {"doc": doc, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    model: str = flag(str(HERE / "data/tiny/model"), "Hugging Face model: a directory, or a name on the Hub")
+    data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "JSONL files of problems, separated by commas")
+    solve: str = flag("", "answer the problems of this JSONL file, with one --n and one --budget")
+    n: tuple = flag((1, 2, 4, 8), "values of N, the number of problems in a prompt")
+    budget: tuple = flag((1024,), "tokens for a whole completion: one number, or one for each N")
+    within: int = flag(150, "report the accuracy within this many tokens, too", least=1)
+    problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
+    samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
+    temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token", least=0)
+    target_accuracy: float = flag(0.0, "name the N that reaches this accuracy with the fewest tokens", 0, 1)
+    reward: str = flag("", "Python file with your own score(completion, golds) -> N numbers from 0 to 1")
+    seed: int = flag(0, "seed of the groups and of every sampled token", least=0)
+    out: str = flag("", "output directory (default: the next free out/evaluation-1, -2, ...)")
+    resume: bool = flag(False, "continue the evaluation in --out; finished files and N are not repeated")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda if available")
+    dtype: str = flag("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
+    rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Accuracy and tokens at one N
+
+EVALUATION = 2**32  # evaluation draws from the random stream of step EVALUATION + N
+
+
+def evaluate_all(model, chat, benchmarks, score, s, out, step, title):
+    """Evaluates every benchmark at every N. benchmarks: {name: problems}.
+
+    Returns ({name: {n: figures}}, {name: {n: records}}), with n as text. A finished (benchmark, N) is a file
+    in `out`/evaluation/, which a resumed run reads."""
+    figures, records = {}, {}
+    for name, problems in benchmarks.items():
+        figures[name], records[name] = {}, {}
+        for n, budget in zip(s.n, s.budget):
+            path = out / f"evaluation/{name}-n{n}-step{step}.jsonl"
+            label = f"{title}, {name}, N = {n}"
+            found = evaluate(model, chat, problems, n, budget, score, s, path, label)
+            summary = summarize(found, n, s)
+            say(f"{label}: {summary['accuracy']:.1%} right, "
+                f"{summary['tokens_per_problem']:.1f} tokens a problem")
+            figures[name][str(n)], records[name][str(n)] = summary, found
+    return figures, records
+
+
+def evaluate(model, chat, problems, n, budget, score, s, path, title):
+    """Answers all problems, N in a prompt. Returns a record of each completion, in the order (prompt,
+    sample). Its lists of N numbers have None for problems that only fill up the last prompt."""
+    groups, counted = evaluation_groups(problems, n, s.seed)
+    batch = [[problems[i] for i in group] for group in groups]
+
+    def judge(p, tokens, text):
+        golds = [problem["answer"] for problem in batch[p]]
+        correct = in_budget = score(text, golds)  # N marks
+        if len(tokens) > s.within:  # sampling with that budget gives the same tokens, up to the cut
+            in_budget = score(decode(chat, [tokens[: s.within]])[0], golds)
+        return {"correct": [float(mark) if c else None for mark, c in zip(correct, counted[p])],
+                "in_budget": [float(mark) if c else None for mark, c in zip(in_budget, counted[p])],
+                "waits": count_waits(text)}
+
+    return sample_records(model, chat, batch, s.samples, budget, s, path, title, judge)
+
+
+def sample_records(model, chat, batch, samples, budget, s, path, title, judge=lambda p, tokens, text: {}):
+    """Samples completions for each group of problems in `batch`. Returns one dict for each, in the order
+    (prompt, sample). judge(p, tokens, text) returns further fields. The records are written to `path` once
+    all are done; if it exists, they are read from it."""
+    if distributed.all_gather(path.exists())[0]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [encode_chat(chat, batch_prompt(problems)) for problems in batch]
+    completions = distributed.sample(
+        model, prompts, samples, budget, title=title, eos_ids=chat.eos_ids, temperature=s.temperature,
+        seed=s.seed, step=EVALUATION + len(batch[0]), max_rows=s.rows)
+    records = []
+    for row, completion in enumerate(completions):
+        p, text = row // samples, decode(chat, [completion.tokens])[0]
+        records.append({
+            "prompt": p, "sample": row % samples, "problems": [problem["id"] for problem in batch[p]],
+            "tokens": len(completion.tokens), "truncated": completion.truncated,
+            **judge(p, completion.tokens, text), "completion": text})
+    if distributed.rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        write_lines(path, records)
+    return records
+
+
+def summarize(records, n, s):
+    """The figures of one benchmark at one N, from its records."""
+    correct, in_budget = (np.array([r[key] for r in records], dtype=float).reshape(-1, s.samples, n)
+                          for key in ("correct", "in_budget"))  # (P, k, N), NaN where it does not count
+    return {
+        "accuracy": np.nanmean(correct),
+        "accuracy_ci95": interval95(correct),
+        "tokens_per_problem": np.mean([r["tokens"] for r in records]) / n,
+        "loops_per_problem": np.mean([r["waits"] for r in records]) / n,
+        "truncated": np.mean([r["truncated"] for r in records]),
+        "budget": s.within,
+        "accuracy_in_budget": np.nanmean(in_budget),
+        "accuracy_in_budget_ci95": interval95(in_budget),
+        "accuracy_by_position": np.nanmean(correct, axis=(0, 1)).tolist(),
+        "problems": int(np.isfinite(correct[:, 0]).sum()),
+        "samples": s.samples,
+    }
+
+
+def count_waits(text):
+    return len(re.findall(r"\bwait\b", text, re.IGNORECASE))
+
+
+# ----------------------------------------------------------------------------------------------
+# Intervals
+
+
+def student95(freedom):
+    """The 97.5% quantile of Student's t with `freedom` degrees of freedom, within 0.3% from 4 on.
+
+    Source: Abramowitz & Stegun 26.7.5."""
+    z, v = 1.959964, freedom
+    g1, g2 = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / v + g2 / v**2 + g3 / v**3
+
+
+def interval95(correct):
+    """A 95% interval for the mean of correct (P, k, N), where NaN does not count.
+
+    The N problems of a prompt and its k samples are not independent; prompts are. This is Wilson's interval
+    (1927) for the number of independent answers that would have the standard error seen between prompts
+    (Kish's effective sample size), with Student's t because prompts may be few."""
+    prompts, p = len(correct), np.nanmean(correct)
+    trials, z = float(np.isfinite(correct[:, 0]).sum()), student95(prompts - 1) if prompts > 1 else 1.96
+    variance = np.nanmean(correct, axis=(1, 2)).var(ddof=1) / prompts if prompts > 1 else 0
+    if variance > 0:
+        trials = min(float(np.isfinite(correct).sum()), p * (1 - p) / variance)
+    middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return [max(0.0, middle - half), middle + half if p < 1 else 1.0]
+
+
+def paired_change(before, after):
+    """From records of the same prompts before and after training: the change of the accuracy and the relative
+    change of the tokens, each with a 95% interval over prompts (None for the tokens of one prompt).
+
+    The interval of the accuracy counts two prompts more (Agresti and Min 2005, for matched pairs): if no
+    answer changed, the true accuracy may still have."""
+
+    def by_prompt(records, key):  # (P,): sums over samples and problems
+        values = [np.nansum(np.array(r[key], dtype=float)) for r in records]
+        return np.array(values).reshape(records[-1]["prompt"] + 1, -1).sum(axis=1)
+
+    def interval(value, deviations):
+        if len(deviations) < 2:
+            return None
+        half = student95(len(deviations) - 1) * deviations.std(ddof=1) / math.sqrt(len(deviations))
+        return [max(-1.0, value - half), value + half]
+
+    answers = sum(value is not None for r in after for value in r["correct"])
+    gain = by_prompt(after, "correct") - by_prompt(before, "correct")
+    gain = gain * len(gain) / answers  # (P,), its mean is the change of the accuracy
+    smoothed = np.append(gain, [math.sqrt(0.5), -math.sqrt(0.5)])
+    old, new = by_prompt(before, "tokens"), by_prompt(after, "tokens")
+    ratio = new.mean() / old.mean()
+    return {"accuracy": gain.mean(), "accuracy_ci95": interval(smoothed.mean(), smoothed),
+            "tokens": ratio - 1,
+            "tokens_ci95": interval(ratio - 1, (new - ratio * old) / old.mean())}  # a ratio, to first order
+
+
+# ----------------------------------------------------------------------------------------------
+# Reports
+
+METRICS = (  # title, key of the figures, scale, digits
+    ("accuracy %", "accuracy", 100, 1), ("in {within} tokens %", "accuracy_in_budget", 100, 1),
+    ("tokens / problem", "tokens_per_problem", 1, 1), ("waits / problem", "loops_per_problem", 1, 2))
+
+
+def table(stages, changes, within):
+    """The results as text, one line for each benchmark and N. stages: {"before": figures, "after": figures};
+    changes: what `paired_change` returns for each benchmark and N, or {}."""
+    keys = [(name, n) for name, of_name in next(iter(stages.values())).items() for n in of_name]
+    groups = [("", [["benchmark", *(name for name, _ in keys)]]), ("", [["N", *(n for _, n in keys)]])]
+    for title, metric, scale, digits in METRICS:
+        columns = [[stage, *(f"{figures[name][n][metric] * scale:.{digits}f}" for name, n in keys)]
+                   for stage, figures in stages.items()]
+        if changes and metric == "accuracy":
+            columns.append(["change", *(format_points(changes[name][n]) for name, n in keys)])
+        if changes and metric == "tokens_per_problem":
+            columns.append(["change", *(f"{changes[name][n]['tokens']:+.1%}" for name, n in keys)])
+        groups.append((title.format(within=within), columns))
+    blocks = []
+    for title, columns in groups:
+        widths = [max(map(len, column)) for column in columns]
+        rows = [" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in zip(*columns)]
+        width = max(len(title), len(rows[0]))
+        blocks.append([title.center(width), *(row.rjust(width) for row in rows)])
+    lines = [" | ".join(parts) for parts in zip(*blocks)]
+    return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
+
+
+def format_points(change):
+    low, high = change["accuracy_ci95"]
+    return f"{100 * change['accuracy']:+.1f} ±{50 * (high - low):.1f}"
+
+
+def dial(results, target):
+    """N as a dial: for each benchmark a sentence that names the N with the fewest tokens per problem among
+    those with an accuracy of at least `target`. results: {name: {n: figures}}."""
+    for name, by_n in results.items():
+        enough = [n for n in by_n if by_n[n]["accuracy"] >= target]
+        if not enough:
+            yield f"{name}: no N of {', '.join(by_n)} reaches {target:.1%}"
+            continue
+        best = min(enough, key=lambda n: by_n[n]["tokens_per_problem"])
+        low, high = by_n[best]["accuracy_ci95"]
+        doubt = "; the interval reaches below the target: evaluate more problems" if low < target else ""
+        yield (f"{name}: at least {target:.1%} right with the fewest tokens: N = {best}, "
+               f"{by_n[best]['accuracy']:.1%} right (95% interval {low:.1%} to {high:.1%}) with "
+               f"{by_n[best]['tokens_per_problem']:.1f} tokens a problem{doubt}")
+
+
+def write_completions(path, benchmarks, records, each=3):
+    """Some prompts and completions of each benchmark and N as text."""
+    out = []
+    for name, by_n in records.items():
+        known = {problem["id"]: problem for problem in benchmarks[name]}
+        for n, of_n in by_n.items():
+            for r in [r for r in of_n if r["sample"] == 0][:each]:
+                problems = [known[i] for i in r["problems"]]
+                right, answers = sum(filter(None, r["correct"])), ", ".join(p["answer"] for p in problems)
+                out += ["=" * 100, f"{name}, N = {n}", "", batch_prompt(problems), "",
+                        f"--- completion of {r['tokens']} tokens: {right:g} of {n} right; answers: {answers}",
+                        "", r["completion"], ""]
+    write_text(path, "\n".join(out) + "\n")
+
+
+def plot(path, stages, within, metrics=()):
+    """results.png: for each benchmark tokens and accuracy over N (the task-scaling law) and accuracy over the
+    position in the prompt; below them the training, from its metrics."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(next(iter(stages.values())))
+    rows = len(names) + bool(metrics)
+    figure, axes = pyplot.subplots(rows, 3, figsize=(14, 3.8 * rows), squeeze=False)
+    for row, name in zip(axes, names):
+        for (stage, figures), colour in zip(stages.items(), ("tab:gray", "tab:blue")):
+            plot_over_n(row, figures[name], stage, colour, within)
+        for axis, title in zip(row, ("tokens per problem", "accuracy", "accuracy by position")):
+            label = "position in the prompt" if "position" in title else "N problems in the prompt"
+            axis.set(title=f"{name}: {title}", xlabel=label, ylim=(0, None))
+            axis.legend(fontsize=8)
+    if metrics:
+        for axis, keys in zip(axes[-1], (["tokens_per_problem"], ["accuracy", "truncated"], ["entropy"])):
+            for key in keys:
+                steps, values = [m["step"] for m in metrics], [m[key] for m in metrics]
+                axis.plot(steps, values, label=key.replace("_", " "))
+            axis.set(title=f"training: {', '.join(keys).replace('_', ' ')}", xlabel="step", ylim=(0, None))
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_over_n(axes, by_n, stage, colour, within):
+    """The curves of one benchmark at one stage of the training, in three axes."""
+    ns, figures = [int(n) for n in by_n], list(by_n.values())
+    axes[0].plot(ns, [f["tokens_per_problem"] for f in figures], "o-", color=colour, label=stage)
+    axes[1].plot(ns, [f["accuracy"] for f in figures], "o-", color=colour, label=f"{stage}, not truncated")
+    low, high = zip(*(f["accuracy_ci95"] for f in figures))
+    axes[1].fill_between(ns, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes[1].plot(ns, [f["accuracy_in_budget"] for f in figures], "o--", color=colour,
+                 label=f"{stage}, {within} tokens")
+    for n, of_n in zip(ns, figures):
+        axes[2].plot(range(1, n + 1), of_n["accuracy_by_position"], ".-", color=colour,
+                     alpha=0.2 + 0.8 * n / max(ns), label=f"{stage}, N = {n}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Solving
+
+
+def solve(s):
+    """Answers the problems of a file, N in a prompt. Problems that the budget did not reach are asked again,
+    in prompts of half as many, down to one.
+
+    answers.jsonl has one line for each problem, in the order of the file: {id, answer (null: not reached),
+    n, rounds, tokens (its share of all its completions), completion, correct (if the file has answers)}."""
+    if len(s.n) > 1 or len(s.budget) > 1:
+        raise UserError("--solve takes one value of --n and of --budget")
+    problems, (extract, score) = load_problems(s.solve, answers=False), load_reward(s.reward)
+    model, chat, about = load_model(s)
+    out, started = open_out(s, "out/solve"), time.time()
+    say(f"{about}; {len(problems)} problems to solve; writing to {out}")
+    entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""}
+               for p in problems]
+    waiting, size, rounds, tokens = list(range(len(problems))), s.n[0], 0, 0
+    while waiting and size:
+        rounds += 1
+        groups = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+        records = sample_records(
+            model, chat, [[problems[i] for i in group] for group in groups], 1, s.budget[0], s,
+            out / f"evaluation/round-{rounds}.jsonl", f"round {rounds}, N = {size}")
+        for group, record in zip(groups, records):
+            tokens += record["tokens"]
+            text, golds = record["completion"], [problems[i]["answer"] or "" for i in group]
+            for i, answer, correct in zip(group, extract(text, len(group)), score(text, golds)):
+                share = entries[i]["tokens"] + record["tokens"] / len(group)
+                entries[i].update(answer=answer, n=len(group), rounds=rounds, tokens=share, completion=text)
+                if problems[i]["answer"] is not None:
+                    entries[i]["correct"] = float(correct)
+        waiting = [i for i in waiting if entries[i]["answer"] is None]
+        size //= 2
+    marks, seconds = [e["correct"] for e in entries if "correct" in e], time.time() - started
+    summary = {
+        "problems": len(problems), "n": s.n[0], "budget": s.budget[0],
+        "tokens_per_problem": tokens / len(problems), "problems_per_second": len(problems) / seconds,
+        "seconds": seconds, "asked_again": sum(e["rounds"] > 1 for e in entries), "unanswered": len(waiting),
+        "accuracy": np.mean(marks) if marks else None}
+    if distributed.rank() == 0:
+        write_lines(out / "answers.jsonl", entries)
+        write_json(out / "results.json", summary)
+    say("\n" + " | ".join(summary))
+    say(" | ".join(f"{'' if value is None else value:>{len(key)}.4}" if isinstance(value, float) else
+                   f"{value!s:>{len(key)}}" for key, value in summary.items()))
+    say(f"\nIn {out}: answers.jsonl, results.json")
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading, and directories for output
+
+
+def load_model(s, checkpointing=False, shard=False):
+    """The model, its Chat, and a line about them, by the settings `model`, `device` and `dtype`."""
+    device, dtype = s.device, s.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    device = distributed.start(device)
+    try:
+        if device != "cpu":
+            torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
+    except (RuntimeError, ValueError, AssertionError):
+        raise UserError(f"--device {device} is not available: use cpu or one of the "
+                        f"{torch.cuda.device_count()} GPUs that PyTorch sees") from None
+    chat = load_chat(find_model(s.model))
+    if shard and distributed.world_size() > 1:
+        model = distributed.load_sharded(chat.path, getattr(torch, dtype), device)
+    else:
+        model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
+    tokens, rows = chat.tokenizer.get_vocab_size(), model.config.vocab_size
+    if tokens > rows:
+        raise UserError(f"the tokenizer in {s.model} has {tokens} tokens, but the model only {rows}: the two "
+                        "do not belong together")
+    model.checkpointing = checkpointing
+    parameters = sum(p.numel() for p in model.parameters())
+    about = f"{os.path.relpath(chat.path)}: {parameters / 1e6:.2f}M parameters, {dtype} on {device}"
+    return model, chat, about
+
+
+def load_benchmarks(paths, most):
+    """The first `most` problems of each file, {name of the file: problems}."""
+    benchmarks = {}
+    for path in paths.split(","):
+        if Path(path).stem in benchmarks:
+            raise UserError(f"two data files are called {Path(path).stem}: rename one of them")
+        benchmarks[Path(path).stem] = load_problems(path)[:most]
+    return benchmarks
+
+
+def load_reward(path):
+    """(extract_answers, score) of reward.py or, with a path, of the user's Python file, which needs
+    score(completion, golds) and may have extract_answers(completion, n)."""
+    if not path:
+        return extract_answers, score
+    try:
+        spec = importlib.util.spec_from_file_location("user_reward", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        user_score = module.score
+    except Exception as error:  # anything the user's file does
+        raise UserError(f"cannot use --reward {path}: {type(error).__name__}: {error}; expected a Python "
+                        "file with a function score(completion, golds)") from None
+
+    def checked_score(completion, golds):
+        try:
+            rewards = np.array(user_score(completion, golds), dtype=float)
+        except Exception as error:
+            raise UserError(f"score in --reward {path} fails: {type(error).__name__}: {error}") from None
+        if rewards.shape != (len(golds),) or not ((0 <= rewards) & (rewards <= 1)).all():
+            raise UserError(f"score in --reward {path} should return {len(golds)} numbers from 0 to 1, one "
+                            f"for each problem, not {rewards.tolist()}")
+        return rewards
+
+    return getattr(module, "extract_answers", extract_answers), checked_score
+
+
+def open_out(s, default, may_change=()):
+    """Creates the output directory with settings.json or, with --resume, opens that of an earlier run. Only
+    the first process writes. Raises UserError for a directory in use, and for settings (other than those in
+    `may_change`) that differ from those of the run to resume."""
+    out = None
+    if distributed.rank() == 0:
+        free = (Path(f"{default}-{k}") for k in itertools.count(1))
+        out = Path(s.out) if s.out else next(path for path in free if not path.exists())
+        settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists, as in the file
+        if s.resume:
+            check_resumed(s.out, settings, {"resume", "out", "rows", *may_change})
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is in use: name a new directory, or add --resume")
+        else:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "settings.json", settings)
+            except OSError as error:
+                raise UserError(f"cannot create the directory --out {out}: {error.strerror}") from None
+    out = distributed.all_gather(out)[0]
+    if not out.is_dir():
+        raise UserError(f"{out} does not exist here: several machines need an --out on a shared file system")
+    return out
+
+
+def check_resumed(out, settings, may_change):
+    if not out or not (Path(out) / "settings.json").is_file():
+        raise UserError(f"--resume finds no run in --out {out!r}: name the directory of the run to resume")
+    saved = read_json(Path(out) / "settings.json")
+    for name, value in settings.items():
+        if name not in may_change and value != saved.get(name):
+            raise UserError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} and is now {value}: "
+                            "a run keeps the settings it began with")
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line
+
+
+def whole_numbers(text):
+    """The type of flags such as `--n 2,4,8`: a tuple of integers above 0."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
+        raise argparse.ArgumentTypeError(f"expected whole numbers above 0, as in 4 or 2,4,8, not {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def parse_flags(settings_class, description, argv=None):
+    """The command line as an instance of a settings class. Raises UserError for an unknown flag or a value of
+    the wrong type or out of range."""
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    for field in dataclasses.fields(settings_class):
+        name, doc = "--" + field.name.replace("_", "-"), field.metadata["doc"].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", help=doc)
+            continue
+        default = ",".join(map(str, field.default)) if field.type is tuple else str(field.default)
+        if default.startswith("/"):
+            default = os.path.relpath(default)
+        parser.add_argument(
+            name, type=whole_numbers if field.type is tuple else field.type, default=field.default,
+            choices=field.metadata["choices"], help=doc + (f" (default: {default})" if default else ""))
+    s = settings_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(settings_class):
+        least, most, value = field.metadata["least"], field.metadata["most"], getattr(s, field.name)
+        if least is not None and not least <= value or most is not None and not value <= most:
+            limits = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+            raise UserError(f"--{field.name.replace('_', '-')} should be {limits}, not {value}")
+    return s
+
+
+def one_for_each(s, name, of):
+    """Settings in which the tuple `name` has one number for each number of the tuple `of`."""
+    values, count = getattr(s, name), len(getattr(s, of))
+    if len(values) not in (1, count):
+        flags = [f"--{key.replace('_', '-')}" for key in (name, of)]
+        raise UserError(f"{flags[0]} should be one number, or one for each of the {count} of {flags[1]}")
+    return dataclasses.replace(s, **{name: values * (count // len(values))})
+
+
+def run(s):
+    s = one_for_each(s, "budget", "n")
+    benchmarks, (_, score) = load_benchmarks(s.data, s.problems), load_reward(s.reward)
+    model, chat, about = load_model(s)
+    check_fit(model, chat, benchmarks, s)
+    out = open_out(s, "out/evaluation")
+    say(f"{about}; {sum(map(len, benchmarks.values()))} problems; writing to {out}")
+    results, records = evaluate_all(model, chat, benchmarks, score, s, out, 0, "evaluation")
+    if distributed.rank() == 0:
+        write_completions(out / "completions.txt", benchmarks, records)
+        write_json(out / "results.json", {"settings": dataclasses.asdict(s), "results": results})
+        plot(out / "results.png", {"": results}, s.within)
+    say("\n" + table({"": results}, {}, s.within))
+    for sentence in dial(results, s.target_accuracy) if s.target_accuracy else ():
+        say("\n" + sentence)
+    say(f"\nIn {out}: results.json, completions.txt, evaluation/")
+
+
+def check_fit(model, chat, benchmarks, s):
+    """Raises UserError if there are fewer than N problems, or if the first prompt does not fit the model."""
+    for problems in benchmarks.values():
+        for n, budget in zip(s.n, s.budget):
+            group = [problems[i] for i in evaluation_groups(problems, n, s.seed)[0][0]]
+            check_length(model, len(encode_chat(chat, batch_prompt(group))), budget)
+
+
+def main(argv=None):
+    with distributed.readable_errors("evaluate.py"):
+        s = parse_flags(EvaluationSettings, __doc__, argv)
+        (solve if s.solve else run)(s)
+
+
+if __name__ == "__main__":
+    main()
