@@ -26,9 +26,7 @@ import dataclasses
 import json
 import math
 import re
-import signal
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +83,7 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, or auto: cuda if available")
     dtype: str = flag("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     rows: int = flag(256, "completions sampled at a time; lower it if sampling runs out of memory", least=1)
-    micro_tokens: int = flag(16384, "tokens in a training pass, with padding; lower it likewise", least=1)
+    micro_tokens: int = flag(4096, "tokens in a training pass, with padding; lower it likewise", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
     shard: bool = flag(False, "divide weights, gradients and AdamW's state among the processes (FSDP2)")
 
@@ -198,7 +196,7 @@ def accumulate_gradient(model, master, rows, constant, s):
         sampler_logprobs = torch.cat([row.sampler_logprobs for row in batch]).to(model.device)
         advantages = np.concatenate([row.advantages for row in batch])
         advantages = torch.tensor(advantages, dtype=torch.float32, device=model.device)  # (M,)
-        # The first update is on-policy: the ratio is 1 and its gradient is that of the logprob.
+        # With one update per rollout the ratio is 1, and its gradient is that of the logprob.
         old_logprobs = sampler_logprobs if s.updates > 1 else logprobs.detach()
         loss = policy_loss(logprobs, old_logprobs, advantages, constant, s.clip_low, s.clip_high)
         loss.backward()
@@ -232,7 +230,7 @@ def copy_weights(master, model):
 
 def train(s, model, master, optimizer, chat, problems, score, out, first, metrics):
     """Runs steps first + 1 to s.steps. `metrics` has one dict for each step so far, and grows."""
-    with finish_first() as stop, distributed.progress_bar(s.steps, "training", first) as bar:
+    with distributed.finish_first() as stop, distributed.progress_bar(s.steps, "training", first) as bar:
         for step in range(first + 1, s.steps + 1):
             # Prompts. Values of N take turns; each N has its own sequence of groups.
             turn, which = divmod(step - 1, len(s.n))
@@ -300,12 +298,10 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
 def measure(rollout, rows, stats, grad_norm):
     """The metrics of a step, except its times."""
-    parts = distributed.all_gather(stats)
+    parts, rewards = distributed.all_gather(stats), rollout.rewards
     lengths = np.array([len(c.tokens) for c in rollout.completions])
-    logprobs = sum(c.logprobs.double().sum().item() for c in rollout.completions)
     # The mean of -logprob over the sampled tokens is an unbiased estimate of the entropy of a token, in nats.
-    entropy = -logprobs / lengths.sum()
-    rewards, learned = rollout.rewards, sum(len(row.tokens) for row in rows)
+    entropy = -sum(c.logprobs.double().sum().item() for c in rollout.completions) / lengths.sum()
     return {
         "reward": rewards.mean(), "accuracy": rollout.correct.mean(),
         "accuracy_by_position": rollout.correct.mean(axis=(0, 1)).tolist(),
@@ -315,7 +311,7 @@ def measure(rollout, rows, stats, grad_norm):
         "loops_per_problem": sum(map(evaluate.count_waits, rollout.texts)) / rollout.correct.size,
         "entropy": entropy, "loss": sum(part["loss"] for part in parts), "grad_norm": grad_norm,
         "skipped": not math.isfinite(grad_norm) or not math.isfinite(entropy),
-        "logprob_gap": sum(part["gap"] for part in parts) / max(1, learned),
+        "logprob_gap": sum(part["gap"] for part in parts) / max(1, sum(len(row.tokens) for row in rows)),
         "logprob_gap_max": max(part["gap_max"] for part in parts),
     }
 
@@ -342,8 +338,7 @@ def report_step(s, metrics, out):
 
 
 def training_warnings(metrics):
-    """The ways in which a run silently learns nothing: {name: sentence} for those that hold after the last
-    step."""
+    """The ways in which a run silently learns nothing, {name: sentence}, that hold after the last step."""
     if not metrics:
         return {}
     last, three, ten, found = metrics[-1], metrics[-3:], metrics[-10:], {}
@@ -390,35 +385,8 @@ def append_group(path, step, rollout, advantages):
 # The run
 
 
-@contextmanager
-def finish_first():
-    """Within, the first Ctrl-C or SIGTERM only extends the list that this yields; the second acts at once."""
-    stop, handlers = [], {}
-
-    def note(number, frame):
-        stop.append(number)
-        say("stopping after this step; press Ctrl-C again to stop at once")
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def evaluation_settings(s):
-    """The part of the settings that evaluate.py needs."""
-    return evaluate.EvaluationSettings(
-        n=s.eval_n, budget=s.eval_budget, within=max(s.budget), problems=s.eval_problems,
-        samples=s.eval_samples, temperature=s.eval_temperature, seed=s.seed, rows=s.rows)
-
-
 def check_settings(s, model, chat, problems, benchmarks):
     """Raises UserError for prompts and budgets that cannot work, before anything is written."""
-    evaluate.check_fit(model, chat, benchmarks, evaluation_settings(s))
     for n, budget in zip(s.n, s.budget):
         group = [problems[i] for i in draw_groups(problems, n, s.seed, 0, 1)[0]]
         check_length(model, len(encode_chat(chat, batch_prompt(group))), budget)
@@ -459,15 +427,20 @@ def run(s):
     master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
               for p in model.parameters()]  # master weights are float32
     optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay, foreach=False)  # less memory
+    e = evaluate.EvaluationSettings(
+        n=s.eval_n, budget=s.eval_budget, within=max(s.budget), problems=s.eval_problems,
+        samples=s.eval_samples, temperature=s.eval_temperature, seed=s.seed, rows=s.rows)
+    evaluate.check_fit(model, chat, benchmarks, e)
     check_settings(s, model, chat, problems, benchmarks)
     out = evaluate.open_out(s, "out/run", ("steps", "save_every", "micro_tokens", "checkpointing", "shard"))
     say(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; "
         f"writing to {out}")
-    figures, records, e = {}, {}, evaluation_settings(s)
+    figures, records = {}, {}
 
     def evaluate_stage(stage, step):  # a resumed run reads what it found
         figures[stage], records[stage] = evaluate.evaluate_all(
             model, chat, benchmarks, score, e, out, step, f"{stage} training")
+        evaluate.write_completions(out / f"completions-{stage}.txt", benchmarks, records[stage])
 
     evaluate_stage("before", 0)
     first, metrics = restore(out, model, master, optimizer) if s.resume else (0, [])
@@ -482,8 +455,6 @@ def run(s):
             whole.save_pretrained(out / "model")
             copy_tokenizer(chat.path, out / "model")
             evaluate.plot(out / "results.png", figures, e.within, metrics)
-            for stage in figures:
-                evaluate.write_completions(out / f"completions-{stage}.txt", benchmarks, records[stage])
             write_json(out / "results.json", {
                 "settings": dataclasses.asdict(s), **figures, "change": changes, "seconds": seconds})
     say("\n" + evaluate.table(figures, changes, e.within))

@@ -156,6 +156,25 @@ def readable_errors(program):
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
+@contextlib.contextmanager
+def finish_first():
+    """Within, the first Ctrl-C or SIGTERM only extends the list that this yields; the second acts at once."""
+    stop, handlers = [], {}
+
+    def note(number, frame):
+        stop.append(number)
+        say("stopping after this step; press Ctrl-C again to stop at once")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def fail(program, message, status=2):
     process = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
     print(f"{program}: error: {message}{process}", file=sys.stderr, flush=True)

@@ -220,7 +220,7 @@ def table(stages, changes, within):
     """The results as text, one line for each benchmark and N. stages: {"before": figures, "after": figures};
     changes: what `paired_change` returns for each benchmark and N, or {}."""
     keys = [(name, n) for name, of_name in next(iter(stages.values())).items() for n in of_name]
-    groups = [("", [["benchmark", *(name for name, _ in keys)]]), ("", [["N", *(n for _, n in keys)]])]
+    groups = [("benchmark", [["", *(name for name, _ in keys)]]), ("N", [["", *(n for _, n in keys)]])]
     for title, metric, scale, digits in METRICS:
         columns = [[stage, *(f"{figures[name][n][metric] * scale:.{digits}f}" for name, n in keys)]
                    for stage, figures in stages.items()]
@@ -236,7 +236,8 @@ def table(stages, changes, within):
         width = max(len(title), len(rows[0]))
         blocks.append([title.center(width), *(row.rjust(width) for row in rows)])
     lines = [" | ".join(parts) for parts in zip(*blocks)]
-    return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
+    head = lines[:2] if len(stages) > 1 else lines[:1]
+    return "\n".join([*head, "-" * len(lines[0]), *lines[2:]])
 
 
 def format_points(change):
@@ -261,7 +262,9 @@ def dial(results, target):
 
 
 def write_completions(path, benchmarks, records, each=3):
-    """Some prompts and completions of each benchmark and N as text."""
+    """Some prompts and completions of each benchmark and N as text. Only the first process writes."""
+    if distributed.rank() > 0:
+        return
     out = []
     for name, by_n in records.items():
         known = {problem["id"]: problem for problem in benchmarks[name]}
@@ -495,7 +498,7 @@ def parse_flags(settings_class, description, argv=None):
         raise UserError(message)
 
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = refuse
     for field in dataclasses.fields(settings_class):
         name, doc = "--" + field.name.replace("_", "-"), field.metadata["doc"].replace("%", "%%")
@@ -534,10 +537,10 @@ def run(s):
     out = open_out(s, "out/evaluation")
     say(f"{about}; {sum(map(len, benchmarks.values()))} problems; writing to {out}")
     results, records = evaluate_all(model, chat, benchmarks, score, s, out, 0, "evaluation")
+    write_completions(out / "completions.txt", benchmarks, records)
     if distributed.rank() == 0:
-        write_completions(out / "completions.txt", benchmarks, records)
         write_json(out / "results.json", {"settings": dataclasses.asdict(s), "results": results})
-        plot(out / "results.png", {"": results}, s.within)
+        plot(out / "results.png", {"model": results}, s.within)
     say("\n" + table({"": results}, {}, s.within))
     for sentence in dial(results, s.target_accuracy) if s.target_accuracy else ():
         say("\n" + sentence)
