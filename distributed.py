@@ -77,8 +77,8 @@ def say(text):
 
 
 def progress_bar(total, title, first=0):
-    """A progress bar on the terminal of the first process; elsewhere it shows nothing."""
-    hidden = rank() > 0 or not sys.stderr.isatty()
+    """A progress bar on the terminal of the first process; elsewhere, or without a title, it is hidden."""
+    hidden = not title or rank() > 0 or not sys.stderr.isatty()
     return tqdm(total=total, desc=title, initial=first, leave=False, disable=hidden)
 
 
@@ -87,7 +87,7 @@ def sample(model, prompts, samples, budget, title="", **options):
     a title it shows its progress: a bar on a terminal, a line per minute elsewhere."""
     mine, own, done, told = range(rank(), len(prompts), world_size()), [], 0, time.time()
     total = len(mine) * samples
-    with full_weights(model) as whole, progress_bar(total if title else 0, title) as bar:
+    with full_weights(model) as whole, progress_bar(total, title) as bar:
 
         def on_finished():
             nonlocal done, told
