@@ -149,6 +149,8 @@ def readable_errors(program):
             fail(program, "memory ran out: lower --rows if it was sampling, lower --micro-tokens or add "
                           "--checkpointing if it was training, or lower the budget")
         if world_size() > 1 and "by peer" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(0.5)  # torchrun reports the process that ends first as the cause
             fail(program, "ended because another process ended: see its message", status=1)
         raise
     except KeyboardInterrupt as stop:
@@ -163,9 +165,9 @@ def finish_first():
 
     def note(number, frame):
         stop.append(number)
-        say("stopping after this step; press Ctrl-C again to stop at once")
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        say("stopping after this step; press Ctrl-C again to stop at once")
 
     handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -321,7 +321,7 @@ def plot_over_n(axes, by_n, stage, colour, within):
                  label=f"{stage}, {within} tokens")
     for n, of_n in zip(ns, figures):
         axes[2].plot(range(1, n + 1), of_n["accuracy_by_position"], ".-", color=colour,
-                     alpha=0.2 + 0.8 * n / max(ns), label=f"{stage}, N = {n}")
+                     alpha=0.2 + 0.8 * (n / max(ns)), label=f"{stage}, N = {n}")
 
 
 # ----------------------------------------------------------------------------------------------

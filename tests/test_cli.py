@@ -1,254 +1,259 @@
-"""The command line, run as a user runs it: subprocesses, the shipped model, real files."""
+"""The command line: what a run of bcr.py writes, what it must not depend on, and errors a user can fix."""
 
+import dataclasses
 import json
-import os
-import signal
-import subprocess
+import re
+import resource
+import shutil
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import bcr as bcr_module  # the name `bcr` is the subprocess
-from conftest import REPO, TINY
+import bcr
+import evaluate
+from conftest import QUICK, TINY, lines_of, metrics_of, outcome, status_of
+from distributed import checkpoints
 from model import Transformer
 
-QUICK = ["--steps", "4", "--groups", "3", "--samples", "4", "--eval-problems", "16", "--eval-n", "1,4"]
+SMALL = ["--n", 1, "--budget", 40, "--steps", 1, "--groups", 2, "--samples", 2, "--eval-n", 1,
+         "--eval-problems", 2, "--eval-budget", 30]
 
 
-def bcr(*args, **kwargs):
-    return subprocess.run([sys.executable, str(REPO / "bcr.py"), *map(str, args)], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=300, **kwargs)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A short run from start to end, in a working directory that is not the repo's."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    done = bcr("--n", 4, *QUICK, "--save-every", 2, "--out", out, cwd=out.parent)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-def metrics_of(out):
-    """metrics.jsonl without its timings."""
-    timed = ("sampling_seconds", "training_seconds", "tokens_per_second")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+# ----------------------------------------------------------------------------------------------
+# A finished run
 
 
 def test_a_run_writes_all_that_it_promises(finished):
-    """Results that a program cannot read, or figures that are missing."""
-    out, done = finished
+    """A program cannot read the results, or figures are missing."""
+    out, _ = finished
     results = json.loads((out / "results.json").read_text())
     for stage in ("before", "after"):
         assert list(results[stage]["heldout"]) == ["1", "4"]
         for n, row in results[stage]["heldout"].items():
             low, high = row["accuracy_ci95"]
-            assert 0 <= low <= row["accuracy"] <= high <= 1 and row["problems"] == 16
+            assert 0 <= low <= row["accuracy"] <= high <= 1 and row["problems"] == 9
             assert 10 < row["tokens_per_problem"] < 200 and row["loops_per_problem"] >= 0
             assert 0 <= row["truncated"] <= 1 and len(row["accuracy_by_position"]) == int(n)
-    metrics = metrics_of(out)
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    for m in metrics:
-        assert {"reward", "accuracy", "accuracy_by_position", "tokens_per_problem", "truncated", "zero_variance",
-                "loops_per_problem", "entropy", "grad_norm", "logprob_gap"} <= m.keys()
-        assert m["reward"] == m["accuracy"] > 0 and m["grad_norm"] > 0 and 0 < m["entropy"] < 2
-        assert m["logprob_gap_max"] < 1e-4  # the sampler and the trainer compute the same distribution
-    for stage in ("before", "after"):
         assert "### Problem 4\n" in (out / f"completions-{stage}.txt").read_text()
+    metrics = metrics_of(out)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    for m in metrics:
+        assert {"truncated", "zero_variance", "loops_per_problem", "logprob_gap"} <= m.keys()
+        assert m["reward"] == m["accuracy"] > 0 and m["grad_norm"] > 0 and 0 < m["entropy"] < 2
+        assert m["tokens_per_problem"] == pytest.approx(30, abs=5) and len(m["accuracy_by_position"]) == 4
+        assert m["logprob_gap_max"] < 1e-4  # the sampler and the trainer compute the same distribution
+    shown = re.findall(r"^==== step (\d+): one group of 4 samples, N = 4$", (out / "samples.txt").read_text(),
+                       re.MULTILINE)
+    assert shown == ["1", "2", "4", "5"]  # the first, each --save-every, the last
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-000004", "checkpoint-000005"]
 
 
 def test_the_table_shows_what_results_json_holds(finished):
-    """A table of other numbers than the file's, or no table on a pipe."""
-    out, done = finished
+    """The table has other numbers than the file, or is not printed on a pipe."""
+    out, stdout = finished
     results = json.loads((out / "results.json").read_text())
-    rows = {tuple(line.split("|")[0].split()): line.split("|") for line in done.stdout.splitlines() if "|" in line}
+    cells = [[cell.strip() for cell in line.split("|")] for line in stdout.splitlines() if "|" in line]
+    rows = {(row[0], row[1]): row[2:] for row in cells}
     for n in ("1", "4"):
-        row, (before, after, change) = rows["heldout", n], (results[key]["heldout"][n] for key in ("before", "after", "change"))
-        assert row[3].split() == [f"{before['tokens_per_problem']:.1f}", f"{after['tokens_per_problem']:.1f}", f"{change['tokens']:+.1%}"]
-        assert row[1].split()[:3] == [f"{100 * before['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", f"{100 * change['accuracy']:+.1f}"]
+        before, after, change = (results[key]["heldout"][n] for key in ("before", "after", "change"))
+        accuracy, _, tokens, _ = rows["heldout", n]
+        assert tokens.split() == [f"{before['tokens_per_problem']:.1f}", f"{after['tokens_per_problem']:.1f}",
+                                  f"{change['tokens']:+.1%}"]
+        assert accuracy.split()[:3] == [f"{100 * before['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}",
+                                        f"{100 * change['accuracy']:+.1f}"]
         assert change["accuracy"] == pytest.approx(after["accuracy"] - before["accuracy"])
-        assert change["tokens"] == pytest.approx(after["tokens_per_problem"] / before["tokens_per_problem"] - 1)
+        ratio = after["tokens_per_problem"] / before["tokens_per_problem"]
+        assert change["tokens"] == pytest.approx(ratio - 1)
         assert change["accuracy_ci95"][0] <= change["accuracy"] <= change["accuracy_ci95"][1]
-    assert done.stderr == ""  # no progress bar where there is no terminal
 
 
 def test_the_trained_model_loads_in_transformers(finished):
-    """A checkpoint that nobody else can serve: other logits, or no tokenizer beside it."""
+    """Another engine computes other logits from model/, or finds no tokenizer in it."""
     transformers = pytest.importorskip("transformers")
-    out, _ = finished
-    ours, theirs = Transformer.from_pretrained(out / "model"), transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    ids = transformers.AutoTokenizer.from_pretrained(out / "model")("Problem 1: What is 3 + 4?", return_tensors="pt").input_ids
+    path = finished[0] / "model"
+    ours = Transformer.from_pretrained(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("Problem 1: What is 3 + 4?", return_tensors="pt").input_ids
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     assert ours.model.norm.weight.dtype == torch.float32
     before = Transformer.from_pretrained(TINY / "model")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), ours.parameters()))
 
 
-def test_resume_is_exact(finished, tmp_path):
-    """A resumed run that repeats data, forgets AdamW's state or counts anew: killed -9 in the middle
-    and resumed, it must end with the very bytes of the run that was not."""
-    out, _ = finished
-    ours = tmp_path / "out"
-    arguments = [sys.executable, str(REPO / "bcr.py"), "--n", "4", *QUICK, "--save-every", "2", "--out", str(ours)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and metrics_of(ours)[-1]["step"] == 3
-    done = bcr("--n", 4, *QUICK, "--save-every", 2, "--out", ours, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 2" in done.stdout
-    assert (ours / "model" / "model.safetensors").read_bytes() == (out / "model" / "model.safetensors").read_bytes()
-    assert metrics_of(ours) == metrics_of(out)
-    for name in ("before", "after"):
-        assert json.loads((ours / "results.json").read_text())[name] == json.loads((out / "results.json").read_text())[name]
-    refused = bcr("--n", 2, *QUICK, "--save-every", 2, "--out", ours, "--resume")
-    assert refused.returncode == 2 and "--n was 4" in refused.stderr
-
-
-def test_a_used_out_is_never_touched(finished):
-    """A second run that overwrites the first."""
+def test_a_used_out_is_never_touched(finished, capsys):
+    """A second run overwrites the first, or resumes it with other settings."""
     out, _ = finished
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    done = bcr("--n", 4, *QUICK, "--out", out)
-    assert done.returncode == 2 and "in use" in done.stderr
+    assert status_of(bcr.main, *QUICK, "--out", out) == 2 and "in use" in capsys.readouterr().err
+    assert status_of(bcr.main, *QUICK, "--n", 2, "--out", out, "--resume") == 2
+    assert "--n was [4] and is now [2]" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_the_machine_does_not_decide_the_result(finished, tmp_path):
-    """Fewer rows at a time and smaller micro-batches must sample the same completions and reach the
-    same weights, up to the rounding of sums in another order."""
+    """Fewer rows at a time, smaller micro-batches or checkpointing sample other completions or reach other
+    weights, up to the rounding of sums in another order."""
     out, _ = finished
-    done = bcr("--n", 4, *QUICK, "--save-every", 2, "--out", tmp_path / "out", "--rows", 5, "--micro-tokens", 700)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (load_file(d / "model" / "model.safetensors") for d in (tmp_path / "out", out))
+    assert status_of(bcr.main, *QUICK, "--rows", 5, "--micro-tokens", 700, "--checkpointing",
+                     "--out", tmp_path / "out") == 0
+    ours, theirs = (load_file(path / "model/model.safetensors") for path in (tmp_path / "out", out))
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)  # four steps of 1e-4 were taken
-    for a, b in zip(metrics_of(tmp_path / "out"), metrics_of(out)):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)  # after five steps of 1e-4
+    for a, b in zip(metrics_of(tmp_path / "out"), metrics_of(out), strict=True):
         assert a["tokens_per_problem"] == b["tokens_per_problem"] and a["reward"] == b["reward"]
 
 
-def test_all_cut_still_learns(tmp_path):
-    """Truncated completions left out of the loss: under a tight budget, when every completion is
-    cut, what they answered before the cut is all there is to learn from."""
-    done = bcr("--n", 8, "--budget", 150, "--steps", 1, "--groups", 4, "--eval-problems", 8, "--eval-n", 8, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    m = metrics_of(tmp_path / "out")[0]
-    assert m["truncated"] > 0.95 and 0 < m["accuracy"] < 0.8 and m["grad_norm"] > 0
+# ----------------------------------------------------------------------------------------------
+# Interruptions that need no other process
 
 
-def test_the_length_penalty_lowers_the_reward_by_its_formula(tmp_path):
-    """A penalty of another size than --length-penalty * tokens / budget."""
-    done = bcr("--n", 2, "--budget", 400, "--steps", 1, "--groups", 2, "--eval-problems", 2, "--eval-n", 1,
-               "--length-penalty", 0.5, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    m = metrics_of(tmp_path / "out")[0]
-    assert m["reward"] == pytest.approx(m["accuracy"] - 0.5 * m["tokens_per_problem"] * 2 / 400)
+def test_a_full_disk_is_one_sentence_and_damages_nothing(finished, tmp_path, capsys):
+    """A checkpoint is half written and taken for a complete one, or there is a traceback. The resumed run
+    ends with the bytes of the run that was not interrupted."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 2**20, limits[1]))  # a checkpoint has 6 MB
+    try:
+        assert status_of(bcr.main, *QUICK, "--out", tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    stderr = capsys.readouterr().err
+    assert len(stderr.strip().splitlines()) == 1 and "File too large" in stderr and "--resume" in stderr
+    assert not checkpoints(tmp_path / "out")
+    assert status_of(bcr.main, *QUICK, "--out", tmp_path / "out", "--resume") == 0
+    assert outcome(tmp_path / "out") == outcome(finished[0])
 
 
-def test_mixed_n_takes_turns(tmp_path):
-    """--n 2,4 that trains on one of them, or on the wrong budget."""
-    done = bcr("--n", "2,4", "--budget", "90,170", "--steps", 3, "--groups", 2, "--samples", 2, "--eval-problems", 4,
-               "--eval-n", 1, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert [(m["n"], m["budget"]) for m in metrics_of(tmp_path / "out")] == [(2, 90), (4, 170), (2, 90)]
+def test_an_out_that_vanishes_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """The output directory is removed during the run, and there is a traceback."""
+    monkeypatch.setattr(bcr, "append_group", lambda path, *more: path.parent.rename(tmp_path / "elsewhere"))
+    assert status_of(bcr.main, *SMALL, "--out", tmp_path / "out") == 2
+    stderr = capsys.readouterr().err
+    assert len(stderr.strip().splitlines()) == 1 and "No such file" in stderr
 
 
-def test_steps_0_only_evaluates(tmp_path):
-    """An evaluation that trains, or that leaves a model behind."""
-    done = bcr("--steps", 0, "--eval-problems", 8, "--eval-n", 2, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["after"] == {}
-    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
+def test_running_out_of_memory_names_the_flags(tmp_path, capsys, monkeypatch):
+    """A traceback from the depth of the gradient, without a hint of what to lower."""
+    monkeypatch.setattr(bcr, "policy_loss", lambda *arguments: torch.empty(2**50))
+    assert status_of(bcr.main, *SMALL, "--samples", 8, "--out", tmp_path / "out") == 2
+    stderr = capsys.readouterr().err
+    assert len(stderr.strip().splitlines()) == 1
+    assert all(flag in stderr for flag in ("--rows", "--micro-tokens", "--checkpointing"))
 
 
-def test_ctrl_c_is_one_line(tmp_path):
-    """A traceback for the most usual way to end a run."""
-    process = subprocess.Popen([sys.executable, str(REPO / "bcr.py"), "--steps", "50", *QUICK[2:], "--out", str(tmp_path / "out")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "1/50" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+@pytest.mark.parametrize("cause", ["reward", "weights"])
+def test_three_steps_that_are_not_finite_end_the_run(tmp_path, capsys, cause):
+    """NaN weights are trained on and saved over the last good ones."""
+    change = ["--n", 1, "--budget", 300, "--length-penalty", 1e38]  # advantages at the end of float32
+    if cause == "weights":  # they are finite, but their logits are not
+        shutil.copytree(TINY / "model", tmp_path / "model")
+        state = load_file(TINY / "model/model.safetensors")
+        state["model.norm.weight"] *= 1e38
+        save_file(state, tmp_path / "model/model.safetensors")
+        change = ["--model", tmp_path / "model"]
+    flags = [*SMALL, "--steps", 9, "--save-every", 9, *change]
+    assert status_of(bcr.main, *flags, "--out", tmp_path / "out") == 2
+    stderr = capsys.readouterr().err
+    assert len(stderr.strip().splitlines()) == 1 and "steps 1 to 3" in stderr and "not finite" in stderr
+    assert not checkpoints(tmp_path / "out") and not (tmp_path / "out/model").exists()
+    text = (tmp_path / "out/metrics.jsonl").read_text()
+    assert [json.loads(line)["skipped"] for line in text.splitlines()] == [True] * 3
+    assert "NaN" not in text and "Infinity" not in text  # JSON has neither
 
+
+def test_a_reward_of_the_users_own(tmp_path, capsys):
+    """--reward is read, but not used in training or in evaluation; the warning for held-out problems that
+    are trained on is missing."""
+    (tmp_path / "mine.py").write_text(
+        'def score(completion, golds):\n    return [0.5 + 0.5 * ("Wait" in completion) for _ in golds]\n')
+    (tmp_path / "data.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "HOLD"}\n')
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    assert status_of(bcr.main, *SMALL, "--data", data, "--eval-data", data, "--eval-problems", 1,
+                     "--reward", tmp_path / "mine.py", "--out", out) == 0
+    assert "1 problems of data are also in --data" in capsys.readouterr().out
+    assert metrics_of(out)[0]["reward"] >= 0.5
+    assert lines_of(out / "evaluation/data-n1-step0.jsonl")[0]["correct"][0] >= 0.5
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors that a user can fix
 
 GOOD = '{"problem": "What is 1 + 1?", "answer": "2"}\n'
-BAD_DATA = {
-    "not json": ("{problem\n", "line 2"), "list": ("[1]\n", "line 2"), "no answer": ('{"problem": "a"}\n', "line 2"),
-    "empty answer": ('{"problem": "a", "answer": " "}\n', "line 2"), "null": ('{"problem": null, "answer": "1"}\n', "line 2"),
-    "difficulty": ('{"problem": "a", "answer": "1", "difficulty": "hard"}\n', "line 2"),
-    "nan": ('{"problem": "a", "answer": "1", "difficulty": NaN}\n', "line 2"),
-    "deep": ("[" * 100000 + "\n", "line 2"), "bool": ('{"problem": "a", "answer": true}\n', "line 2"),
-}
+BAD_USE = [  # of bcr.py: flags, and a word of the sentence
+    ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data .", "cannot read"),
+    ("--data empty.jsonl", "no problems"), ("--data binary.jsonl", "UTF-8"), ("--model nowhere", "nowhere"),
+    ("--model .", "tokenizer.json"), ("--budget 20", "bare answers"), ("--budget many", "--budget"),
+    ("--n 2,4,8 --budget 80,160", "--budget"), ("--n 0", "--n"), ("--n 2,,4", "--n"), ("--n -1", "--n"),
+    ("--n 1.5", "--n"), ("--n 2 --data one.jsonl", "only 1"), ("--eval-n 8 --eval-problems 7", "only 7"),
+    ("--temperature 0", "--temperature"), ("--budget 5000", "2048 positions"), ("--dtype int8", "--dtype"),
+    ("--eval-budget 5000", "2048 positions"), ("--device abacus", "--device"), ("--resume", "--out"),
+    ("--resume --out empty", "no run"), ("--bugdet 5", "--bugdet"), ("--budge 150", "--budge"),
+    ("--steps", "--steps"), ("--eval-data one.jsonl,./one.jsonl", "two data files"),
+    ("--eval-n 1,2,4 --eval-budget 10,20", "--eval-budget"), ("--eval-temperature hot", "--eval-temperature"),
+    ("--reward nowhere.py", "nowhere.py"), ("--reward empty.py", "score"), ("--reward one.jsonl", "one.js"),
+    ("--out one.jsonl", "in use"), ("--out one.jsonl/out", "--out"), ("--solve one.jsonl", "--solve")]
+BAD_EVALUATION = [
+    ("--solve one.jsonl --n 1,2", "--n"), ("--solve one.jsonl --budget 10,20", "--budget"),
+    ("--solve empty.jsonl --n 1", "no problems"), ("--n 1,2,4 --budget 10,20", "--budget"),
+    ("--data one.jsonl --n 2", "only 1"), ("--budget 5000", "2048 positions"), ("--steps 5", "--steps"),
+    ("--resume --out empty", "no run"), ("--target-accuracy 92", "at most 1"), ("--out one.jsonl", "in use")]
 
 
-@pytest.mark.parametrize("line, named", BAD_DATA.values(), ids=BAD_DATA)
-def test_a_bad_line_is_named_by_its_number(tmp_path, line, named):
-    """Data that is skipped silently, or a traceback at it."""
-    (tmp_path / "data.jsonl").write_text(GOOD + line)
-    with pytest.raises(bcr_module.UserError, match=named):
-        bcr_module.load_problems(tmp_path / "data.jsonl")
-
-BAD_USE = {
-    "missing data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "data is a directory": (["--data", "."], "cannot read"),
-    "empty data": (["--data", "empty.jsonl"], "no problems"),
-    "binary data": (["--data", "binary.jsonl"], "UTF-8"),
-    "no model": (["--model", "nowhere"], "nowhere"),
-    "not a model": (["--model", "."], "tokenizer.json"),
-    "budget too small": (["--budget", "20"], "bare answers"),
-    "budget no number": (["--budget", "many"], "--budget"),
-    "budget for each of two": (["--n", "2,4,8", "--budget", "80,160"], "--budget"),
-    "n 0": (["--n", "0"], "--n"),
-    "n above the data": (["--n", "2", "--data", "one.jsonl"], "only 1"),
-    "eval-n above the data": (["--eval-n", "8", "--eval-problems", "7"], "only 7"),
-    "one sample": (["--samples", "1"], "--samples"),
-    "temperature 0": (["--temperature", "0"], "--temperature"),
-    "nan": (["--lr", "nan"], "--lr"),
-    "budget beyond the positions": (["--eval-budget", "5000"], "2048 positions"),
-    "device": (["--device", "abacus"], "--device"),
-    "dtype": (["--dtype", "int8"], "--dtype"),
-    "resume without out": (["--resume"], "--out"),
-    "resume nothing": (["--resume", "--out", "empty"], "no run"),
-    "no such model on the Hub": (["--model", "nobody/nothing"], "nobody/nothing"),
-    "two files of one name": (["--eval-data", "one.jsonl,./one.jsonl"], "one"),
-    "eval budgets": (["--eval-n", "1,2,4", "--eval-budget", "10,20"], "--eval-budget"),
-    "eval temperature": (["--eval-temperature", "hot"], "--eval-temperature"),
-    "no reward file": (["--reward", "nowhere.py"], "nowhere.py"),
-    "a reward file without score": (["--reward", "empty.py"], "score"),
-    "a broken reward file": (["--reward", "one.jsonl"], "one.jsonl"),
-    "solve with two N": (["--solve", "one.jsonl", "--n", "1,2"], "--n"),
-    "solve nothing": (["--solve", "empty.jsonl"], "no problems"),
-
-    "out is a file": (["--out", "one.jsonl"], "in use"),
-    "out below a file": (["--out", "one.jsonl/out"], "--out"),
-}
+def out_of_range(settings_class):
+    """(flags, a word of the sentence) for each limit of each field."""
+    for field in dataclasses.fields(settings_class):
+        least, most = field.metadata["least"], field.metadata["most"]
+        flag = "--" + field.name.replace("_", "-")
+        if least is not None:
+            yield f"{flag} {field.type(least) - 1}", f"{flag} should be at least {least}"
+        if most is not None:
+            yield f"{flag} {field.type(most) + 1}", f"at most {most}"
+        if field.type is float and least is not None:
+            yield f"{flag} nan", flag
 
 
-@pytest.mark.parametrize("name", BAD_USE)
-def test_a_users_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, name):
-    """Tracebacks, or a run that starts in spite of a mistake and fails an hour later."""
-    arguments, named = BAD_USE[name]
+CASES = [(bcr.main, *case) for case in (*BAD_USE, *out_of_range(bcr.Settings))]
+CASES += [(evaluate.main, *case) for case in (*BAD_EVALUATION, *out_of_range(evaluate.EvaluationSettings))]
+
+
+@pytest.mark.parametrize("main, flags, named", CASES, ids=lambda value: getattr(value, "__module__", value))
+def test_an_error_is_one_sentence_with_status_2(tmp_path, monkeypatch, capsys, main, flags, named):
+    """A traceback, a mistyped flag that is ignored, or a run that starts in spite of an error and fails an
+    hour later. Nothing is created."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of --reward
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty.py").write_text("\n")
     (tmp_path / "one.jsonl").write_text(GOOD)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SystemExit) as exit:
-        bcr_module.main(arguments)
+    before = sorted(tmp_path.rglob("*"))
+    assert status_of(main, *flags.split()) == 2
     stderr = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert len(stderr.strip().splitlines()) == 1 and named in stderr
+    assert len(stderr.strip().splitlines()) == 1 and named in stderr and "Traceback" not in stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{"), ("tokenizer.json", "{"), ("tokenizer_config.json", "[]"), ("model.safetensors", ""),
+    ("chat_template.jinja", "{% if %}"), ("chat_template.jinja", "{{ 1 / 0 }}"),
+    ("fewer rows than tokens", "")])
+def test_a_damaged_model_is_one_sentence(tmp_path, capsys, name, content):
+    """A damaged download ends in a traceback, creates --out or is changed. (test_model.py and test_chat.py
+    have the many ways of damage.)"""
+    path = tmp_path / "model"
+    shutil.copytree(TINY / "model", path)
+    if name == "fewer rows than tokens":
+        config, state = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+        config["vocab_size"] -= 1
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:-1].clone()
+        save_file(state, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config))
+    else:
+        (path / name).write_text(content)
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    assert status_of(bcr.main, *SMALL, "--model", path, "--out", tmp_path / "out") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_mistakes_end_the_process_with_status_2():
-    """A mistyped flag that is ignored; an exit status that a script takes for success."""
-    for flag in ("--bugdet", "--budget"):
-        done = bcr(flag, 1)
-        assert done.returncode == 2 and flag in done.stderr and "Traceback" not in done.stderr
+    assert before == {file: file.read_bytes() for file in path.iterdir()}

@@ -1,0 +1,111 @@
+"""Problems: groups of equal difficulty, the format of prompts and answers, and damaged data files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.problems import answer_section, batch_prompt, draw_groups, evaluation_groups, load_problems
+from model import UserError
+from reward import extract_answers, score
+
+
+def made_up(count, levels=5):
+    return [{"problem": str(i), "answer": "1", "difficulty": i % levels} for i in range(count)]
+
+
+# ----------------------------------------------------------------------------------------------
+# Groups
+
+
+def test_an_epoch_uses_each_problem_once():
+    """Problems are repeated or left out, so the data is not what was asked for."""
+    assert len(set(draw_groups(made_up(103), 4, seed=0, first=0, count=25).flat)) == 100
+    assert set(draw_groups(made_up(103), 1, 0, 0, 103).flat) == set(range(103))
+    with pytest.raises(UserError, match="only 3"):
+        draw_groups(made_up(3), 4, seed=0, first=0, count=1)
+
+
+def test_groups_are_equally_hard_in_any_order():
+    """A group has N easy or N hard problems, and one budget suits neither; or the easy ones always come
+    first, and accuracy by position measures difficulty."""
+    groups = draw_groups(made_up(4000, levels=4000), 4, seed=0, first=0, count=1000)
+    assert (np.sort(groups // 1000, axis=1) == [0, 1, 2, 3]).all()  # one problem of each fourth
+    assert np.abs(groups.mean(axis=0) - 2000).max() < 150  # 4 standard errors
+
+
+def test_groups_depend_on_their_number_alone():
+    """A resumed run repeats or skips groups, or epochs and seeds have the same order."""
+    problems = made_up(40)
+    whole = draw_groups(problems, 4, seed=7, first=0, count=30)
+    parts = [draw_groups(problems, 4, seed=7, first=first, count=3) for first in range(0, 30, 3)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert not np.array_equal(whole[:10], whole[10:20])
+    assert not np.array_equal(whole, draw_groups(problems, 4, seed=8, first=0, count=30))
+
+
+@pytest.mark.parametrize("count, n", [(30, 8), (30, 4), (40, 3), (8, 8), (9, 8), (30, 1), (675, 6)])
+def test_every_problem_counts_once_at_every_n(count, n):
+    """At N = 8 six of AIME's 30 problems are left out or counted twice."""
+    groups, counted = evaluation_groups(made_up(count), n, seed=0)
+    assert groups.shape == counted.shape == (-(-count // n), n)
+    assert sorted(groups[counted]) == list(range(count))
+    assert all(len(set(group)) == n for group in groups.tolist())
+
+
+# ----------------------------------------------------------------------------------------------
+# Prompts and answers
+
+
+def test_prompt_sections_and_the_checker_share_one_format():
+    """The prompt asks for another format than the one that is written or read, or its wording depends on N.
+    An answer that has not been reached when the completion is truncated must not count, and a reached one
+    must: cut at each character, the reward rises by one answer as each box closes."""
+    two = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 1/4 + 1/4?"}])
+    assert two.endswith("\n\nProblem 1: What is 1 + 2?\nProblem 2: What is 1/4 + 1/4?")
+    assert two.split("\n")[0] == batch_prompt([{"problem": "2 + 2"}]).split("\n")[0]
+    assert answer_section("i", "", "...").split("\n") == [part.strip('"') for part in (
+        two.split("starts with ")[1].split(" and ends")[0], two.split("ends with ")[1].split(".\n")[0])]
+    golds = ["3", "\\frac{1}{2}"]
+    text = answer_section(1, "1 + 2 = 3.\n", golds[0]) + "\n\n" + answer_section(2, "", golds[1])
+    assert extract_answers(text, 2) == golds
+    first, second = text.index("}") + 1, len(text)
+    for cut in range(len(text) + 1):
+        assert score(text[:cut], golds) == [cut >= first, cut >= second], text[:cut]
+
+
+# ----------------------------------------------------------------------------------------------
+# Data files
+
+GOOD = '{"problem": "What is 1 + 1?", "answer": "2"}\n'
+BAD_LINES = [
+    "{problem", "[1]", "[" * 100000, '"problem"', "-", "nan", "\x00",
+    '{"problem": "a"}', '{"problem": "a", "answer": " "}', '{"problem": null, "answer": "1"}',
+    '{"problem": "a", "answer": true}', '{"problem": ["a"], "answer": "1"}', '{"problem": "a", "answer": {}}',
+    '{"problem": "a", "answer": NaN}x', '{"problem": "\\ud800", "answer": "1"}',
+    '{"problem": "a", "answer": "\\udfff"}', '{"problem": "' + "a" * 2 * 10**6 + '", "answer": "1"}',
+    *('{"problem": "a", "answer": "1", "difficulty": %s}' % value for value in
+      ('"hard"', "NaN", "1e999", "[1]", "true"))]
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:60])
+def test_a_bad_line_is_named_by_its_number(tmp_path, line):
+    """A line is skipped silently, or raises a traceback."""
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n")
+    with pytest.raises(UserError, match="^[^\n]*data.jsonl, line 3: [^\n]*$"):
+        load_problems(tmp_path / "data.jsonl")
+
+
+def test_good_lines_and_their_defaults(tmp_path):
+    """A missing id, a number as the answer, an id that is used twice or odd text is refused or mixed up."""
+    lines = [{"problem": "a", "answer": 5},
+             {"problem": "\u2028b\x00", "answer": "x", "difficulty": 2, "id": 7},
+             {"problem": "c", "answer": 0.5, "id": "7", "difficulty": None}]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    problems = load_problems(tmp_path / "data.jsonl")
+    assert [p["id"] for p in problems] == ["1", "7", "7 (line 5)"]
+    assert [p["answer"] for p in problems] == ["5", "x", "0.5"]
+    assert [p["difficulty"] for p in problems] == [0, 2, 0]
+    assert problems[1]["problem"] == "\u2028b\x00"
+    (tmp_path / "solve.jsonl").write_text('{"problem": "a"}\n')
+    assert load_problems(tmp_path / "solve.jsonl", answers=False)[0]["answer"] is None
