@@ -396,9 +396,8 @@ def solve(s):
     if distributed.rank() == 0:
         write_lines(out / "answers.jsonl", entries)
         write_json(out / "results.json", summary)
-    say("\n" + " | ".join(summary))
-    say(" | ".join(f"{'' if value is None else value:>{len(key)}.4}" if isinstance(value, float) else
-                   f"{value!s:>{len(key)}}" for key, value in summary.items()))
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
+    say("\n" + " | ".join(rounded) + "\n" + " | ".join(str(v).rjust(len(k)) for k, v in rounded.items()))
     say(f"\nIn {out}: answers.jsonl, results.json")
 
 
