@@ -519,8 +519,8 @@ def fingerprints(files, model):
 def lock(out):
     """Locks a run's directory. The descriptor stays open: the lock is released when the process dies."""
     try:
-        fcntl.flock(os.open(out / "settings.json", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise UserError(f"another process is running in --out {out}: wait for its end, or stop it") from None
 
 
