@@ -4,6 +4,14 @@ The reward: which of the N problems a completion answers correctly.
 An answer is cleaned (one spelling for each thing), parsed (into lists, intervals, equations and leaves with
 their values) and compared: fractions exactly, other numbers to 1e-9, text as text without regard to case.
 
+A plain gold asks for a plain answer, so that copying "14 + 6 + 3" out of a problem earns nothing:
+
+- A plain gold is an integer, a decimal, a fraction of integers, a mixed number or a percentage, with or
+  without a unit. A plain answer is one of these, scientific notation, or one power of a number (10^3). Sums,
+  products, factorials, binomials, roots and functions of numbers are not: they leave the work undone.
+- Any other gold (2^{10}, 3+2\\sqrt{2}, x+1) is compared by value.
+- The rule applies to each item of a list, set, tuple or interval, and to the right side of an equation.
+
 Nothing in this file raises, whatever it is given, and everything that could grow is bounded before it is
 computed. The file reads from `score` down: extraction, comparison, cleaning, parsing.
 """
@@ -54,6 +62,8 @@ def answers_equal(prediction, gold):
     if max(len(prediction), len(gold)) > MAX_LENGTH:
         return prediction == gold
     texts = [_clean(prediction), _clean(gold)]
+    if CHOICE.fullmatch(texts[1]):
+        texts[0] = CHOICE_WITH_VALUE.sub(r"\1", texts[0])
     if not all(text.strip("{} ") for text in texts):
         return False
     if prediction == gold or texts[0] == texts[1]:
@@ -68,7 +78,8 @@ def answers_equal(prediction, gold):
                   for text in texts]
         readings = [joined] if joined == texts or re.search(r",0\d\d", both) else [joined, texts]
     try:
-        return any(_equal(*(Parser(text, both).answer() for text in reading)) for reading in readings)
+        return any(_equal(Parser(reading[0], both, PLAIN_ANSWER).answer(),
+                          Parser(reading[1], both, PLAIN_GOLD).answer()) for reading in readings)
     except FAILURES:  # beyond a bound
         return False
 
@@ -160,6 +171,19 @@ def _box(text, start):
 # ----------------------------------------------------------------------------------------------
 # Comparison
 
+# The forms of a plain gold and of a plain answer, as the text of a leaf: signs, brackets and a number, ...
+OPEN, CLOSE, DECIMALS = r"[-+({]*", r"[)}]*", r"(?:\d+\.?\d*|\.\d+)"
+_MIXED_NUMBER = rf"\(\d+\+\\frac\{{\d+\}}\{{\d+\}}\)"
+_FRACTION = rf"\\frac\{{{OPEN}\d+{CLOSE}\}}\{{{OPEN}\d+{CLOSE}\}}|\d+{CLOSE}/{OPEN}\d+"
+_SCIENTIFIC = rf"{DECIMALS}(?:[eE][-+]?\d+|{CLOSE}\*{OPEN}10\^\{{[-+]?\d+\}})"
+_POWER = rf"{DECIMALS}{CLOSE}\^\{{[-+]?\d+\}}"
+PLAIN_GOLD = re.compile(rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{DECIMALS}){CLOSE}[%°]?")
+PLAIN_ANSWER = re.compile(
+    rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{_SCIENTIFIC}|{_POWER}|{DECIMALS}){CLOSE}[%°]?")
+# A choice is a letter from A to E, whatever its case; `(B) 5`, with its value, is the choice B.
+CHOICE = re.compile("[A-Ea-e]")
+CHOICE_WITH_VALUE = re.compile(
+    r"^(?:\\text ?\{)?\(([A-E])\)\}?[ ~*]*[-+]?(?:\d|\.\d|\\(?:frac|sqrt|pi))[^A-Z,()]*$")
 GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
 BRACKET = re.compile(r"[(\[]|\\\{")
 BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")
@@ -171,8 +195,8 @@ def _equal(a, b):
     if a.kind == b.kind == "leaf":
         return _equal_leaves(a, b)
     if a.kind == b.kind == "=":
-        if a.text == b.text and _equal(a.items[0], b.items[0]):
-            return True
+        if a.text == b.text:
+            return _equal(a.items[0], b.items[0])
         if not a.values or not b.values or a.values[0] == a.values[-1] or b.values[0] == b.values[-1]:
             return False
         # proportional: 2x - y = 0 is y = 2x
@@ -202,7 +226,11 @@ def _equal_leaves(a, b):
         return True
     if "_" in a.text + b.text and BASE.sub(r"\1", a.text) == BASE.sub(r"\1", b.text):
         return not (BASE.match(a.text) and BASE.match(b.text))  # 52 is 52_8, 52_9 is not
-    if not a.values or not b.values or a.text.isalpha() and b.text.isalpha():
+    if a.gold and a.plain and not b.plain or b.gold and b.plain and not a.plain:
+        return False  # the work is left undone
+    if a.text.isalpha() and b.text.isalpha() and not len(a.text) == len(b.text) == 2:
+        return False  # words, but xy is yx
+    if not a.values or not b.values:
         return False
     pairs = list(_pairs(a.values, b.values))
     if all(_close(x, y) for x, y in pairs):
@@ -233,9 +261,11 @@ def _close(a, b):
 SYMBOLS = {code: f"\\{unicodedata.name(chr(code)).split()[-1].lower()} ".replace("lamda", "lambda")
            for code in range(ord("α"), ord("ω") + 1)}
 SYMBOLS |= {ord(char): meaning for chars, meaning in {
-    "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ",
-    "≥⩾": r"\ge ", "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": ",", "∅": r"\emptyset ", "±": r"\pm ",
-    "∓": r"\mp ", "′’": "'", "€£¥\u200b\u200c\u200d\u2060\ufeff": ""}.items() for char in chars}
+    "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ",
+    "≤⩽": r"\le ", "≥⩾": r"\ge ", "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": ",",
+    "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′’": "'",
+    "€£¥\u200b\u200c\u200d\u2060\ufeff": "",
+}.items() for char in chars}
 COMMANDS = {"\\" + command: meaning for commands, meaning in {
     "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits boxed fbox operatorname": "",
     "mathbb mathbf mathit mathsf mathcal bm boldsymbol ! ( ) [ ] $": "", ", ; : quad qquad": " ", "%": "%",
@@ -259,6 +289,13 @@ def _mixed(match):
     r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
     whole, top, bottom = match.groups()
     return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
+
+
+def _repeating(match):
+    r"""0.1\overline{6} is the fraction (16 - 1) / 90."""
+    whole, digits, period = match.groups()
+    top = int(whole + digits + period) - int(whole + digits or 0)
+    return rf"\frac{{{top}}}{{{10 ** len(digits) * (10 ** len(period) - 1)}}}"
 
 
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
@@ -285,6 +322,8 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", _mixed),
     ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", _mixed),
     ("\\over", r"\{?([^{}]*)\\over(?![a-z])([^{}]*)\}?", r"\\frac{\1}{\2}"),
+    ("\\choose", r"\{?([^{}]*)\\choose(?![a-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    ("line", r"(\d{0,30})\.(\d{0,30})\\overline ?\{ ?(\d{1,30}) ?\}", _repeating),
     ("\\sqrt", r"\\sqrt ?\[([^\[\]]*)\]", r"\\root{\1}"),
     ("-1", r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1"),
     ("|", r"\|([^|]*)\|", r"\\abs{\1}"),
@@ -349,6 +388,8 @@ class Node(NamedTuple):
     values: list = None   # of a leaf: its value or, with variables, one a point; of an equation: left - right
     items: list = ()      # of a list, set, ...; of an equation: its right side
     named: bool = False   # whether an equation only names its right side, as x = 5 does
+    plain: bool = False   # of a leaf: whether its text has the form of a plain gold or answer
+    gold: bool = False    # of a leaf: whether it is part of the gold
 
 
 def _power(a, b):
@@ -391,8 +432,9 @@ class Parser:
     Numbers are fractions while they are exact, else floats. Variables have values at a few points, which are
     drawn from the text of both answers."""
 
-    def __init__(self, text, both):
+    def __init__(self, text, both, plain=PLAIN_ANSWER):
         self.tokens, self.at, self.depth, self.work, self.both = TOKEN.findall(text) + [""], 0, 0, 0, both
+        self.plain = plain  # the form of a plain leaf: PLAIN_GOLD or PLAIN_ANSWER
 
     @property
     def next(self):
@@ -406,7 +448,8 @@ class Parser:
         """Return some tokens as one text, without spaces."""
         text = "".join(self.tokens[start:end])
         text = TEXT.sub(r"\1", text).replace(" ", "") if " " in text or r"\text" in text else text
-        return text.casefold() if text.isalpha() or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
+        word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
+        return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
 
     def answer(self):
         """Read the complete answer."""
@@ -467,7 +510,9 @@ class Parser:
             doubtful = HEDGE.search(self.take())
             if doubtful or not node.values or len(node.values) > 1:  # only a number loses its unit
                 node, end = Node(), self.at
-        return node if node.text else Node(node.kind, self.text(start, end), node.values, node.items)
+        text = self.text(start, end)
+        plain = self.plain.fullmatch(text) is not None
+        return node._replace(text=node.text or text, plain=plain, gold=self.plain is PLAIN_GOLD)
 
     def binding(self):
         """Return how strongly the next token binds. A unit does not, a subscript does."""
