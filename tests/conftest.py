@@ -1,10 +1,12 @@
-"""What several test files share: the repo on the path, the shipped model, small random models."""
+"""What test files share: paths, the shipped model, small random models, and ways to run the two commands."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-# Tests run side by side: more threads than one for each would only wait for each other.
+# Tests run in parallel: one thread for each process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -13,24 +15,27 @@ import torch  # noqa: E402
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from bcr import load_chat  # noqa: E402
+from data.chat import load_chat  # noqa: E402
+from data.study.smollm2 import Unreachable, smollm2_directory  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from smollm2 import Unreachable, smollm2_directory  # noqa: E402
 
-TINY = REPO / "data" / "tiny"
-
-
-# The files that take longest begin first, so that no process is left alone with one of them at the end.
-LONGEST = ["test_ranks.py", "test_robust.py", "test_study.py", "test_cli.py", "test_evaluation.py", "test_smollm2_cli.py"]
+TINY = REPO / "data/tiny"
+# The settings of the run `finished`. The number of prompts is odd, so that processes have unequal shares.
+QUICK = ["--n", 4, "--budget", 120, "--steps", 5, "--groups", 5, "--samples", 4, "--eval-n", "1,4",
+         "--eval-problems", 9, "--save-every", 2]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes seconds, runs all the same; leave it out with -m "not slow"')
+    config.addinivalue_line("markers", 'slow: takes seconds; leave it out with -m "not slow"')
     config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if item.path.parent.name == "slow":
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # long files first, so that none is left for the end
 
 
 def random_model(kind="qwen3", seed=0, **changes):
@@ -46,7 +51,7 @@ def random_model(kind="qwen3", seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def shipped():
-    """The shipped model and its tokenizer side."""
+    """The shipped model and its Chat. Tests do not train it."""
     return Transformer.from_pretrained(TINY / "model"), load_chat(TINY / "model")
 
 
@@ -57,3 +62,53 @@ def smollm2():
         return smollm2_directory()
     except Unreachable as reason:
         pytest.skip(f"no real chat model: {reason}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Commands
+
+
+def start(program, *arguments, **options):
+    """Starts bcr.py or evaluate.py in a process of its own."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, str(REPO / program), *map(str, arguments)], text=True,
+                            stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **options)
+
+
+def status_of(main, *arguments):
+    """Runs a command in this process, which saves the seconds of its imports. Returns its exit status."""
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def lines_of(path):
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics_of(out):
+    """metrics.jsonl without its timings."""
+    timed = ("sampling_seconds", "training_seconds")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines_of(out / "metrics.jsonl")]
+
+
+def outcome(out):
+    """All that a run leaves, without its timings and the settings that a resumed run may change."""
+    results = json.loads((out / "results.json").read_text())
+    figures = {key: results[key] for key in ("before", "after", "change")}
+    files = ["model/model.safetensors", "completions-before.txt", "completions-after.txt", "samples.txt"]
+    paths = [*(out / name for name in files), *sorted(out.glob("evaluation/*"))]
+    return figures, metrics_of(out), {path.name: path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A short run from start to end, in a working directory that is not the repo's: (out, stdout)."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    process = start("bcr.py", *QUICK, "--out", out, cwd=out.parent)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and stderr == ""  # no progress bar where there is no terminal
+    return out, stdout
