@@ -22,6 +22,11 @@ Shapes: P prompts in a step, G samples of each, N problems in a prompt, R = P * 
 (prompt, sample), T tokens of one completion.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import dataclasses
 import json
 import math
@@ -37,11 +42,12 @@ from torch.utils.checkpoint import checkpoint
 import distributed
 import evaluate
 from data.chat import copy_tokenizer, decode, encode_chat
-from data.problems import answer_section, batch_prompt, draw_groups, load_problems, write_lines
+from data.problems import (
+    answer_section, batch_prompt, draw_groups, load_benchmarks, load_problems, write_lines)
 from distributed import say
 from evaluate import flag
 from model import UserError, write_json, write_text
-from rollout import Completion, check_length
+from rollout import Completion
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,11 +67,11 @@ class Settings:
     lr: float = flag(1e-4, "AdamW's learning rate; 1e-6 suits a model of a billion parameters", 0, 1)
     temperature: float = flag(1.0, "sampling temperature, which the loss applies too", least=1e-6)
     updates: int = flag(1, "optimizer steps per rollout; above 1 the ratio is clipped", least=1)
-    clip_low: float = flag(0.2, "the ratio is clipped below 1 minus this ...", least=0)
+    clip_low: float = flag(0.2, "the ratio is clipped below 1 minus this ...", 0, 1)
     clip_high: float = flag(0.28, "... and above 1 plus this (DAPO's clip-higher)", least=0)
     normalize_std: bool = flag(False, "divide advantages by the group's standard deviation, as GRPO does")
-    length_penalty: float = flag(0.0, "baseline: subtract this times tokens / budget from the reward")
-    grad_clip: float = flag(1.0, "maximum norm of the gradient", least=0)
+    length_penalty: float = flag(0.0, "baseline: subtract this times tokens / budget from the reward", 0)
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 does not clip", least=0)
     weight_decay: float = flag(0.0, "AdamW's weight decay", least=0)
     # Evaluation, before and after training
     eval_data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "problems to evaluate on; files with commas")
@@ -75,7 +81,8 @@ class Settings:
     eval_budget: tuple = flag((1024,), "tokens for a whole completion; one number or one per N")
     eval_temperature: float = flag(1.0, "sampling temperature of the evaluation", least=0)
     # The run
-    seed: int = flag(0, "seed of the order of the data and of every sampled token", least=0)
+    skip_long: bool = flag(False, "leave out problems whose prompt does not fit the model's positions")
+    seed: int = flag(0, "seed of the order of the data and of every sampled token", 0, 2**63 - 1)
     out: str = flag("", "output directory (default: the next free out/run-1, -2, ...)")
     resume: bool = flag(False, "continue from the last checkpoint in --out")
     save_every: int = flag(10, "steps between checkpoints", least=1)
@@ -385,11 +392,18 @@ def append_group(path, step, rollout, advantages):
 # The run
 
 
-def check_settings(s, model, chat, problems, benchmarks):
-    """Raises UserError for prompts and budgets that cannot work, before anything is written."""
+def groups_to_come(s, problems):
+    """Every group of the run with its budget, as `train` draws them."""
+    for step in range(s.steps):
+        turn, which = divmod(step, len(s.n))
+        for group in draw_groups(problems, s.n[which], s.seed, turn * s.groups, s.groups):
+            yield group, s.budget[which]
+
+
+def check_settings(s, chat, problems, benchmarks):
+    """Raises UserError for a budget that cannot hold the answers, before anything is written."""
     for n, budget in zip(s.n, s.budget):
         group = [problems[i] for i in draw_groups(problems, n, s.seed, 0, 1)[0]]
-        check_length(model, len(encode_chat(chat, batch_prompt(group))), budget)
         bare = "\n\n".join(answer_section(i, "", p["answer"]) for i, p in enumerate(group, start=1))
         tokens = len(chat.tokenizer.encode(bare, add_special_tokens=False).ids)
         if budget < tokens:
@@ -400,14 +414,25 @@ def check_settings(s, model, chat, problems, benchmarks):
             say(f"warning: {len(shared)} problems of {name} are also in --data: its accuracy is inflated")
 
 
+def read_metrics(path, first):
+    """The metrics of steps 1 to `first`. What follows, perhaps half a line, is of steps that run again."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:first]
+        metrics = [json.loads(line) for line in lines]
+        if [m["step"] for m in metrics] == list(range(1, first + 1)):
+            return metrics
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise UserError(f"{path} does not have one line for each of the {first} steps of the last checkpoint: "
+                    "restore it, or start a new run")
+
+
 def restore(out, model, master, optimizer):
     """Continues the run in `out`. Returns the last checkpoint's step (0 if there is none) and the metrics so
     far. Later lines of metrics.jsonl and samples.txt are removed: those steps run again."""
-    first, metrics = distributed.load_checkpoint(out, model, master, optimizer), []
+    first = distributed.load_checkpoint(out, model, master, optimizer)
+    metrics = read_metrics(out / "metrics.jsonl", first) if first else []
     copy_weights(master, model)
-    if (out / "metrics.jsonl").exists():
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines[:first]]
     if distributed.rank() == 0:
         write_lines(out / "metrics.jsonl", metrics)
         if (out / "samples.txt").exists():
@@ -421,7 +446,7 @@ def restore(out, model, master, optimizer):
 def run(s):
     """Evaluates, trains, evaluates again, and writes everything into the output directory."""
     started = time.time()
-    problems, benchmarks = load_problems(s.data), evaluate.load_benchmarks(s.eval_data, s.eval_problems)
+    problems, benchmarks = load_problems(s.data), load_benchmarks(s.eval_data, s.eval_problems)
     _, score = evaluate.load_reward(s.reward)
     model, chat, about = evaluate.load_model(s, s.checkpointing, s.shard)
     master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
@@ -429,10 +454,14 @@ def run(s):
     optimizer = torch.optim.AdamW(master, lr=s.lr, weight_decay=s.weight_decay, foreach=False)  # less memory
     e = evaluate.EvaluationSettings(
         n=s.eval_n, budget=s.eval_budget, within=max(s.budget), problems=s.eval_problems,
-        samples=s.eval_samples, temperature=s.eval_temperature, seed=s.seed, rows=s.rows)
-    evaluate.check_fit(model, chat, benchmarks, e)
-    check_settings(s, model, chat, problems, benchmarks)
-    out = evaluate.open_out(s, "out/run", ("steps", "save_every", "micro_tokens", "checkpointing", "shard"))
+        samples=s.eval_samples, temperature=s.eval_temperature, skip_long=s.skip_long, seed=s.seed,
+        rows=s.rows)
+    benchmarks = evaluate.fit_benchmarks(model, chat, benchmarks, e)
+    problems = evaluate.leave_out_long(
+        model, chat, problems, lambda of: groups_to_come(s, of), s.skip_long)
+    check_settings(s, chat, problems, benchmarks)
+    out = evaluate.open_out(s, "out/run", [s.data, *s.eval_data.split(","), s.reward], (
+        "steps", "save_every", "micro_tokens", "checkpointing", "shard"))
     say(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; "
         f"writing to {out}")
     figures, records = {}, {}

@@ -119,8 +119,8 @@ def sum_gradients(weights):
 
 
 def clip_gradient(weights, max_norm):
-    """Scales the gradient down to norm `max_norm`, in place. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm)
+    """Scales the gradient down to norm `max_norm`, in place; 0 does not. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm or float("inf"))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 

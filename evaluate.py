@@ -8,14 +8,22 @@ bcr.py calls `evaluate_all` before and after training. Completions are sampled w
 avoid truncation; the accuracy within a smaller budget is read off the same completions.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +32,21 @@ import numpy as np
 import torch
 
 import distributed
-from data.chat import decode, encode_chat, find_model, load_chat
-from data.problems import batch_prompt, evaluation_groups, load_problems, write_lines
+from data.chat import decode, encode_chat, find_model, keep_fitting, load_chat
+from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems, write_lines
 from distributed import say
-from model import Transformer, UserError, read_json, write_json, write_text
+from model import Transformer, UserError, read_json, weight_files, write_json, write_text
 from reward import extract_answers, score
-from rollout import check_length
 
 HERE = Path(__file__).resolve().parent
 
 
-def flag(default, doc, least=None, most=None, choices=None):
-    """A field of a settings class: a flag of the command line with its help text and its range."""
+MOST = 2**31  # for numbers without a limit of their own
+
+
+def flag(default, doc, least=None, most=MOST, choices=None):
+    """A field of a settings class: a flag of the command line with its help text and its range. Every number
+    has a `least` value."""
     metadata = {"doc": doc, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -53,7 +64,8 @@ class EvaluationSettings:
     temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token", least=0)
     target_accuracy: float = flag(0.0, "name the N that reaches this accuracy with the fewest tokens", 0, 1)
     reward: str = flag("", "Python file with your own score(completion, golds) -> N numbers from 0 to 1")
-    seed: int = flag(0, "seed of the groups and of every sampled token", least=0)
+    skip_long: bool = flag(False, "leave out problems whose prompt does not fit the model's positions")
+    seed: int = flag(0, "seed of the groups and of every sampled token", 0, 2**63 - 1)
     out: str = flag("", "output directory (default: the next free out/evaluation-1, -2, ...)")
     resume: bool = flag(False, "continue the evaluation in --out; finished files and N are not repeated")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if available")
@@ -109,7 +121,7 @@ def sample_records(model, chat, batch, samples, budget, s, path, title, judge=la
     (prompt, sample). judge(p, tokens, text) returns further fields. The records are written to `path` once
     all are done; if it exists, they are read from it."""
     if distributed.all_gather(path.exists())[0]:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_records(path, batch, samples)
     prompts = [encode_chat(chat, batch_prompt(problems)) for problems in batch]
     completions = distributed.sample(
         model, prompts, samples, budget, title=title, eos_ids=chat.eos_ids, temperature=s.temperature,
@@ -124,6 +136,20 @@ def sample_records(model, chat, batch, samples, budget, s, path, title, judge=la
     if distributed.rank() == 0:
         path.parent.mkdir(exist_ok=True)
         write_lines(path, records)
+    return records
+
+
+def read_records(path, batch, samples):
+    """The records of a finished evaluation. Raises UserError if they are not those of these prompts."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [(r["prompt"], r["sample"], r["problems"], type(r["tokens"])) for r in records]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    expected = [(p, g, [problem["id"] for problem in problems], int)
+                for p, problems in enumerate(batch) for g in range(samples)]
+    if found != expected:
+        raise UserError(f"{path} is damaged: remove it, and --resume samples it again")
     return records
 
 
@@ -338,14 +364,16 @@ def solve(s):
         raise UserError("--solve takes one value of --n and of --budget")
     problems, (extract, score) = load_problems(s.solve, answers=False), load_reward(s.reward)
     model, chat, about = load_model(s)
-    out, started = open_out(s, "out/solve"), time.time()
+    problems = leave_out_long(
+        model, chat, problems, lambda of: in_order(len(of), s.n[0], s.budget[0]), s.skip_long)
+    out, started = open_out(s, "out/solve", [s.solve, s.reward]), time.time()
     say(f"{about}; {len(problems)} problems to solve; writing to {out}")
     entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""}
                for p in problems]
     waiting, size, rounds, tokens = list(range(len(problems))), s.n[0], 0, 0
     while waiting and size:
         rounds += 1
-        groups = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+        groups = [[waiting[i] for i in group] for group, _ in in_order(len(waiting), size, s.budget[0])]
         records = sample_records(
             model, chat, [[problems[i] for i in group] for group in groups], 1, s.budget[0], s,
             out / f"evaluation/round-{rounds}.jsonl", f"round {rounds}, N = {size}")
@@ -368,9 +396,8 @@ def solve(s):
     if distributed.rank() == 0:
         write_lines(out / "answers.jsonl", entries)
         write_json(out / "results.json", summary)
-    say("\n" + " | ".join(summary))
-    say(" | ".join(f"{'' if value is None else value:>{len(key)}.4}" if isinstance(value, float) else
-                   f"{value!s:>{len(key)}}" for key, value in summary.items()))
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
+    say("\n" + " | ".join(rounded) + "\n" + " | ".join(str(v).rjust(len(k)) for k, v in rounded.items()))
     say(f"\nIn {out}: answers.jsonl, results.json")
 
 
@@ -398,6 +425,9 @@ def load_model(s, checkpointing=False, shard=False):
     else:
         model = Transformer.from_pretrained(chat.path, getattr(torch, dtype), device)
     tokens, rows = chat.tokenizer.get_vocab_size(), model.config.vocab_size
+    if max(chat.eos_ids) >= rows:
+        raise UserError(f"{chat.path}: eos_token_id {max(chat.eos_ids)} is outside the model's vocabulary of "
+                        f"{rows} tokens: correct config.json or generation_config.json")
     if tokens > rows:
         raise UserError(f"the tokenizer in {s.model} has {tokens} tokens, but the model only {rows}: the two "
                         "do not belong together")
@@ -407,66 +437,91 @@ def load_model(s, checkpointing=False, shard=False):
     return model, chat, about
 
 
-def load_benchmarks(paths, most):
-    """The first `most` problems of each file, {name of the file: problems}."""
-    benchmarks = {}
-    for path in paths.split(","):
-        if Path(path).stem in benchmarks:
-            raise UserError(f"two data files are called {Path(path).stem}: rename one of them")
-        benchmarks[Path(path).stem] = load_problems(path)[:most]
-    return benchmarks
-
-
 def load_reward(path):
     """(extract_answers, score) of reward.py or, with a path, of the user's Python file, which needs
-    score(completion, golds) and may have extract_answers(completion, n)."""
+    score(completion, golds) and may have extract_answers(completion, n). Both are checked at every call."""
     if not path:
         return extract_answers, score
     try:
-        spec = importlib.util.spec_from_file_location("user_reward", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader = importlib.machinery.SourceFileLoader("user_reward", str(Path(path).resolve()))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("user_reward", loader))
+        sys.modules["user_reward"] = module  # dataclasses and pickle look it up there
+        sys.path.append(str(Path(path).resolve().parent))  # for helper modules next to the file
+        loader.exec_module(module)
         user_score = module.score
-    except Exception as error:  # anything the user's file does
+    except (Exception, SystemExit) as error:  # anything the user's file does
         raise UserError(f"cannot use --reward {path}: {type(error).__name__}: {error}; expected a Python "
                         "file with a function score(completion, golds)") from None
 
-    def checked_score(completion, golds):
+    def call(name, function, *arguments):
         try:
-            rewards = np.array(user_score(completion, golds), dtype=float)
-        except Exception as error:
-            raise UserError(f"score in --reward {path} fails: {type(error).__name__}: {error}") from None
+            return function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{name} in --reward {path} fails: {type(error).__name__}: {error}") from None
+
+    def checked_score(completion, golds):
+        rewards = call("score", lambda: np.array(user_score(completion, list(golds)), dtype=float))
         if rewards.shape != (len(golds),) or not ((0 <= rewards) & (rewards <= 1)).all():
             raise UserError(f"score in --reward {path} should return {len(golds)} numbers from 0 to 1, one "
                             f"for each problem, not {rewards.tolist()}")
         return rewards
 
-    return getattr(module, "extract_answers", extract_answers), checked_score
+    def checked_extract(completion, n):
+        answers = call("extract_answers", lambda: list(module.extract_answers(completion, n)))
+        if len(answers) != n or not all(isinstance(answer, str | None) for answer in answers):
+            raise UserError(f"extract_answers in --reward {path} should return {n} texts or None, one for "
+                            f"each problem, not {answers}")
+        return answers
+
+    return checked_extract if hasattr(module, "extract_answers") else extract_answers, checked_score
 
 
-def open_out(s, default, may_change=()):
+def open_out(s, default, files, may_change=()):
     """Creates the output directory with settings.json or, with --resume, opens that of an earlier run. Only
-    the first process writes. Raises UserError for a directory in use, and for settings (other than those in
-    `may_change`) that differ from those of the run to resume."""
+    the first process writes. It locks the directory until it ends, and it records the contents of `files` and
+    of the model.
+
+    Raises UserError for a directory in use, and for settings (other than those in `may_change`) or contents
+    that differ from those of the run to resume."""
     out = None
     if distributed.rank() == 0:
         free = (Path(f"{default}-{k}") for k in itertools.count(1))
         out = Path(s.out) if s.out else next(path for path in free if not path.exists())
         settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists, as in the file
+        settings["sha256"] = fingerprints([file for file in files if file], s.model)
         if s.resume:
             check_resumed(s.out, settings, {"resume", "out", "rows", *may_change})
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} is in use: name a new directory, or add --resume")
+            raise UserError(f"--out {out} is in use: name a new directory, or add --resume to continue it")
         else:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 write_json(out / "settings.json", settings)
             except OSError as error:
                 raise UserError(f"cannot create the directory --out {out}: {error.strerror}") from None
+        lock(out)
     out = distributed.all_gather(out)[0]
     if not out.is_dir():
         raise UserError(f"{out} does not exist here: several machines need an --out on a shared file system")
     return out
+
+
+def fingerprints(files, model):
+    """{file: sha256} of data and reward files and of the model's config.json and weights."""
+    path = find_model(model)
+    found = {}
+    for file in [*files, path / "config.json", *weight_files(path)]:
+        with open(file, "rb") as content:
+            found[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
+def lock(out):
+    """Locks a run's directory. The descriptor stays open: the lock is released when the process dies."""
+    try:
+        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is running in --out {out}: wait for its end, or stop it") from None
 
 
 def check_resumed(out, settings, may_change):
@@ -474,9 +529,17 @@ def check_resumed(out, settings, may_change):
         raise UserError(f"--resume finds no run in --out {out!r}: name the directory of the run to resume")
     saved = read_json(Path(out) / "settings.json")
     for name, value in settings.items():
-        if name not in may_change and value != saved.get(name):
+        if name not in may_change | {"sha256"} and value != saved.get(name):
             raise UserError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} and is now {value}: "
                             "a run keeps the settings it began with")
+    for file, digest in settings["sha256"].items():
+        if digest != saved.get("sha256", {}).get(file):
+            raise UserError(f"--resume: {file} has changed since the run began: restore it")
+
+
+def in_order(count, n, budget):
+    """Problems 0..count-1 in groups of n, as pairs of a group and the budget."""
+    return [(range(first, min(first + n, count)), budget) for first in range(0, count, n)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -514,8 +577,8 @@ def parse_flags(settings_class, description, argv=None):
     s = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         least, most, value = field.metadata["least"], field.metadata["most"], getattr(s, field.name)
-        if least is not None and not least <= value or most is not None and not value <= most:
-            limits = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        if least is not None and not least <= value <= most:  # false for nan
+            limits = f"at least {least}" + (f" and at most {most}" if most < MOST else "")
             raise UserError(f"--{field.name.replace('_', '-')} should be {limits}, not {value}")
     return s
 
@@ -533,8 +596,8 @@ def run(s):
     s = one_for_each(s, "budget", "n")
     benchmarks, (_, score) = load_benchmarks(s.data, s.problems), load_reward(s.reward)
     model, chat, about = load_model(s)
-    check_fit(model, chat, benchmarks, s)
-    out = open_out(s, "out/evaluation")
+    benchmarks = fit_benchmarks(model, chat, benchmarks, s)
+    out = open_out(s, "out/evaluation", [*s.data.split(","), s.reward])
     say(f"{about}; {sum(map(len, benchmarks.values()))} problems; writing to {out}")
     results, records = evaluate_all(model, chat, benchmarks, score, s, out, 0, "evaluation")
     write_completions(out / "completions.txt", benchmarks, records)
@@ -547,12 +610,29 @@ def run(s):
     say(f"\nIn {out}: results.json, completions.txt, evaluation/")
 
 
-def check_fit(model, chat, benchmarks, s):
-    """Raises UserError if there are fewer than N problems, or if the first prompt does not fit the model."""
-    for problems in benchmarks.values():
+def fit_benchmarks(model, chat, benchmarks, s):
+    """The benchmarks with problems that fit at every N. Raises UserError for fewer than N, for a problem that
+    does not fit, and for settings that do not fit together."""
+    if s.within > min(s.budget):
+        raise UserError(f"the accuracy within {s.within} tokens cannot be read off completions of at most "
+                        f"{min(s.budget)} tokens: raise the budget of the evaluation")
+
+    def groups_of(problems):
         for n, budget in zip(s.n, s.budget):
-            group = [problems[i] for i in evaluation_groups(problems, n, s.seed)[0][0]]
-            check_length(model, len(encode_chat(chat, batch_prompt(group))), budget)
+            for group in evaluation_groups(problems, n, s.seed)[0]:
+                yield group, budget
+
+    return {name: leave_out_long(model, chat, problems, groups_of, s.skip_long)
+            for name, problems in benchmarks.items()}
+
+
+def leave_out_long(model, chat, problems, groups_of, skip_long):
+    """`data.chat.keep_fitting`, with a line about the problems that are left out."""
+    kept = keep_fitting(model, chat, problems, groups_of, skip_long)
+    if len(kept) < len(problems):
+        say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's positions "
+            "and are left out")
+    return kept
 
 
 def main(argv=None):

@@ -1,8 +1,19 @@
-"""The reward of Batched Contextual Reinforcement: which of N problems a completion answers correctly.
+"""
+The reward: which of the N problems a completion answers correctly.
 
-An answer is cleaned (one spelling for each thing), parsed (into lists, intervals, equations and leaves, with
-their values) and compared (fractions exactly, other numbers to 1e-9, text as text). Nothing here raises,
-whatever it is given, and whatever could grow is bounded before it is computed.
+An answer is cleaned (one spelling for each thing), parsed (into lists, intervals, equations and leaves with
+their values) and compared: fractions exactly, other numbers to 1e-9, text as text without regard to case.
+
+A plain gold asks for a plain answer, so that copying "14 + 6 + 3" out of a problem earns nothing:
+
+- A plain gold is an integer, a decimal, a fraction of integers, a mixed number or a percentage, with or
+  without a unit. A plain answer is one of these, scientific notation, or one power of a number (10^3). Sums,
+  products, factorials, binomials, roots and functions of numbers are not: they leave the work undone.
+- Any other gold (2^{10}, 3+2\\sqrt{2}, x+1) is compared by value.
+- The rule applies to each item of a list, set, tuple or interval, and to the right side of an equation.
+
+Nothing in this file raises, whatever it is given, and everything that could grow is bounded before it is
+computed. The file reads from `score` down: extraction, comparison, cleaning, parsing.
 """
 
 import cmath
@@ -16,22 +27,70 @@ from functools import lru_cache
 from typing import NamedTuple
 
 MAX_LENGTH = 500     # characters of an answer; a longer one equals only itself
-MAX_DEPTH = 30       # brackets and commands within each other
+MAX_DEPTH = 30       # nested brackets and commands
 MAX_BITS = 2048      # size of a number: numerator and denominator together
 MAX_FACTORIAL = 200
-MAX_WORK = 300       # steps of reading an answer; one with a large number counts as several
-MAX_ITEMS = 30       # items of a list that may stand in any order
+MAX_WORK = 300       # parsing steps of an answer; one with a large number counts as several
+MAX_ITEMS = 30       # items of a list in any order
 MAX_MARKS = 2000     # boxes, labels and headers of a completion, counted from its end
 MAX_TRIES = 8        # boxes of one problem, counted from its last
 LABEL_REACH = 1000   # characters between a label and its box
 
 
-# Extract: a completion is a row of headers `### Problem i`, labels `Answer i:` and boxes.
-# Each pattern begins with a fixed word: so 400,000 characters are searched in a millisecond.
+def score(completion, golds):
+    """One bool for each gold: whether the completion answers that problem correctly."""
+    golds = golds if isinstance(golds, (list, tuple)) else []
+    return list(map(answers_equal, extract_answers(completion, len(golds)), golds))
+
+
+def extract_answers(completion, n):
+    """n entries: the text of the box that answers problem i, or None if there is none.
+
+    A box labelled `Answer i:` belongs to problem i wherever it is; any other box belongs to the section it is
+    in. The last box of a problem counts. What follows `</think>` overrides what precedes it."""
+    thinking, _, reply = _normalize(completion).rpartition("</think>")
+    answers = _boxed_answers(thinking, n) | _boxed_answers(reply, n)
+    return [answers.get(index) for index in range(1, n + 1)] if isinstance(n, int) else []
+
+
+def answers_equal(prediction, gold):
+    """Whether the prediction equals the gold. An empty gold equals nothing, and neither does a value that is
+    not a string. An answer beyond the bounds above equals only itself."""
+    if not isinstance(prediction, str) or not isinstance(gold, str):
+        return False
+    prediction, gold = prediction.strip(), gold.strip()
+    if max(len(prediction), len(gold)) > MAX_LENGTH:
+        return prediction == gold
+    texts = [_clean(prediction), _clean(gold)]
+    if CHOICE.fullmatch(texts[1]):
+        texts[0] = CHOICE_WITH_VALUE.sub(r"\1", texts[0])
+    if not all(text.strip("{} ") for text in texts):
+        return False
+    if prediction == gold or texts[0] == texts[1]:
+        return True
+    if PLAIN.fullmatch(texts[0]) and PLAIN.fullmatch(texts[1]):
+        number = Fraction if "." in texts[0] + texts[1] else int
+        return number(texts[0]) == number(texts[1])
+    # 100,200 is one number or, unless a group begins with 0, two: whichever makes the answers equal.
+    both, readings = "\n".join(sorted(texts)), [texts]
+    if "," in both:
+        joined = [text if BRACKET.search(text) else GROUPED.sub(lambda group: group[0].replace(",", ""), text)
+                  for text in texts]
+        readings = [joined] if joined == texts or re.search(r",0\d\d", both) else [joined, texts]
+    try:
+        return any(_equal(Parser(reading[0], both, PLAIN_ANSWER).answer(),
+                          Parser(reading[1], both, PLAIN_GOLD).answer()) for reading in readings)
+    except FAILURES:  # beyond a bound
+        return False
+
+
+# ----------------------------------------------------------------------------------------------
+# Extraction: a completion is a sequence of headers `### Problem i`, labels `Answer i:` and boxes.
+# Each pattern begins with a fixed word, so that 400,000 characters are searched in a millisecond.
 
 INDEX = r"[ \t*_#(]{0,4}(?:([0-9]{1,99})|i)(?![0-9a-z])([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?"
 HEADER = re.compile(r"roblem" + INDEX)
-HEADER_START = re.compile(r"\n[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
+HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}[Pp]$")
 LABEL = re.compile(r"nswer(?:[ \t](?:to|for))?(?:[ \t][Pp]roblem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
 BOX = re.compile(r"box(?:(?<=\\fbox)|ed(?<=\\boxed))(?![a-z])\s{0,9}")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -40,50 +99,64 @@ MARKUP = re.compile(r"[\s$*_:>\\\[\](){}-]{0,100}")
 PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{[\s.…]*\})*")
 
 
-def extract_answers(completion, n):
-    """Return n entries: the text of the box that answers problem i, or None where there is none.
+def find_headers(completion):
+    """The headers `### Problem i` as pairs: the problem's number (0 if there is not exactly one), and the
+    offset in the completion at which the header's line starts."""
+    text = _normalize(completion)
+    return [(_index(mark), text.rfind("\n", 0, mark.start()) + 1) for mark in _header_marks(text)]
 
-    A box labelled `Answer i:` belongs to i wherever it stands; another one serves the section it stands in;
-    the last one counts. What follows `</think>` wins over what precedes it.
-    """
+
+def _normalize(completion):
+    """The completion with one spelling of line breaks and labels, of the same length."""
     text = completion if isinstance(completion, str) else ""
-    text = text.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
-    thinking, _, reply = text.rpartition("</think>")
-    answers = _boxed_answers("\n" + thinking, n) | _boxed_answers("\n" + reply, n)
-    return [answers.get(index) for index in range(1, n + 1)] if isinstance(n, int) else []
+    return text.replace("\r", "\n").replace("ANSWER", "Answer").replace("PROBLEM", "Problem")
+
+
+def _last_marks(pattern, word, text):
+    """The matches of a pattern that contains `word`, from the last MAX_MARKS of them."""
+    return pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
+
+
+def _header_marks(text):
+    marks = _last_marks(HEADER, "roblem", text)
+    return [mark for mark in marks if HEADER_START.search(text, max(0, mark.start() - 20), mark.start())]
+
+
+def _index(mark):
+    """The problem of a header or label: 0 for the letter i and for several problems, as in 1-3."""
+    return 0 if mark[2] else int(mark[1] or 0)
 
 
 def _boxed_answers(text, n):
-    """Return {index: answer} of one stretch of text."""
-    marks = [mark for pattern, word in ((HEADER, "roblem"), (LABEL, "nswer"), (BOX, "box"))
-             for mark in pattern.finditer(text, len(text.rsplit(word, MAX_MARKS)[0]))
-             if pattern is not HEADER or HEADER_START.search(text, max(0, mark.start() - 20), mark.start())]
-    section = int(n == 1 and all(mark.re is not HEADER for mark in marks))  # a lone problem needs no header
+    """{index: answer} of one stretch of text."""
+    headers = _header_marks(text)
+    section = int(n == 1 and not headers)  # a single problem needs no header
     label = label_end = -LABEL_REACH
     boxes = {}  # (index, labelled): where its boxes begin, in order
+    marks = [*headers, *_last_marks(LABEL, "nswer", text), *_last_marks(BOX, "box", text)]
     for mark in sorted(marks, key=re.Match.start):
-        index = 0 if mark.re is BOX or mark[2] else int(mark[1] or 0)  # 0 also for i and for several problems
         if mark.re is HEADER:
-            section, label_end = index, -LABEL_REACH
+            section, label_end = _index(mark), -LABEL_REACH
         elif mark.re is LABEL:
-            label, label_end = index, mark.end()
-        else:  # A label owns the boxes of its line or, where that has none, the box that follows at once.
+            label, label_end = _index(mark), mark.end()
+        else:
+            # A label owns the boxes of its line or, if that has none, the box that follows immediately.
             near = mark.start() - label_end < LABEL_REACH
             between = text[label_end:mark.start()] if near else ""
             labelled = near and ("\n" not in between or MARKUP.fullmatch(between) is not None)
             boxes.setdefault((label if labelled else section, labelled), []).append(mark.end())
     answers = {}
-    for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second: they win
+    for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second and override
         contents = [_box(text, start) for start in starts[-MAX_TRIES:]]
         contents = [content for content in contents if not PLACEHOLDER.fullmatch(content)]
-        # The i of the prompt's `Answer i:` is an answer only where there is no other.
+        # The i of the prompt's `Answer i:` is an answer only if there is no other.
         if contents and (contents[-1] != "i" or index not in answers):
             answers[index] = contents[-1]
     return answers
 
 
 def _box(text, start):
-    """Return what stands in the box whose braces begin at start, "" where they never end."""
+    """The content of the box whose braces begin at `start`, "" if they never close."""
     if text[start:start + 1] != "{":
         token = UNBRACED.match(text, start, start + MAX_LENGTH)
         return token[0] if token else ""
@@ -95,14 +168,105 @@ def _box(text, start):
     return ""
 
 
-# Clean: one spelling for what LaTeX, Unicode and plain text spell in several ways.
+# ----------------------------------------------------------------------------------------------
+# Comparison
+
+# The forms of a plain gold and of a plain answer, as the text of a leaf: signs, brackets and a number, ...
+OPEN, CLOSE, DECIMALS = r"[-+({]*", r"[)}]*", r"(?:\d+\.?\d*|\.\d+)"
+_MIXED_NUMBER = rf"\(\d+\+\\frac\{{\d+\}}\{{\d+\}}\)"
+_FRACTION = (rf"\\frac\{{{OPEN}{DECIMALS}{CLOSE}\}}\{{{OPEN}{DECIMALS}{CLOSE}\}}"
+             rf"|{DECIMALS}{CLOSE}/{OPEN}{DECIMALS}")
+_SCIENTIFIC = rf"{DECIMALS}(?:[eE][-+]?\d+|{CLOSE}\*{OPEN}10\^\{{[-+]?\d+\}})"
+_POWER = rf"{DECIMALS}{CLOSE}\^\{{[-+]?\d+\}}"
+PLAIN_GOLD = re.compile(rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{DECIMALS}){CLOSE}[%°]?")
+PLAIN_ANSWER = re.compile(
+    rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{_SCIENTIFIC}|{_POWER}|{DECIMALS}){CLOSE}[%°]?")
+# A choice is a letter from A to E, whatever its case; `(B) 5`, with its value, is the choice B.
+CHOICE = re.compile("[A-Ea-e]")
+CHOICE_WITH_VALUE = re.compile(
+    r"^(?:\\text ?\{)?\(([A-E])\)\}?[ ~*]*[-+]?(?:\d|\.\d|\\(?:frac|sqrt|pi))[^A-Z,()]*$")
+GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
+BRACKET = re.compile(r"[(\[]|\\\{")
+BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")
+DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
+
+
+def _equal(a, b):
+    """Whether two nodes are equal."""
+    if a.kind == b.kind == "leaf":
+        return _equal_leaves(a, b)
+    if a.kind == b.kind == "=":
+        if a.text == b.text:
+            return _equal(a.items[0], b.items[0])
+        if not a.values or not b.values or a.values[0] == a.values[-1] or b.values[0] == b.values[-1]:
+            return False
+        # proportional: 2x - y = 0 is y = 2x
+        return all(_close(a.values[0] * y, b.values[0] * x) for x, y in zip(a.values, b.values))
+    a, b = (b, a) if b.kind == "=" else (a, b)
+    if a.kind == "=":
+        return a.named and _equal(a.items[0], b)
+    a, b = (b, a) if b.kind in ("list", "set", "matrix") else (a, b)
+    if {a.kind, b.kind} <= {"list", "set"} and len(a.items) <= MAX_ITEMS:
+        left = list(b.items)
+        for item in a.items:
+            found = next((place for place, other in enumerate(left) if _equal(item, other)), None)
+            if found is None:
+                return False
+            del left[found]
+        return not left
+    if a.kind in ("list", "set", "matrix") and len(a.items) == 1 and b.kind != "matrix":
+        return _equal(a.items[0], b)
+    # A tuple may lose its parentheses, and a vector may be written as a tuple.
+    alike = a.kind == b.kind != "leaf" or a.kind in ("list", "matrix") and b.kind == "()"
+    return alike and len(a.items) == len(b.items) and all(map(_equal, a.items, b.items))
+
+
+def _equal_leaves(a, b):
+    """Whether two numbers, expressions or texts are equal."""
+    if a.text and a.text == b.text:
+        return True
+    if "_" in a.text + b.text and BASE.sub(r"\1", a.text) == BASE.sub(r"\1", b.text):
+        return not (BASE.match(a.text) and BASE.match(b.text))  # 52 is 52_8, 52_9 is not
+    if a.gold and a.plain and not b.plain or b.gold and b.plain and not a.plain:
+        return False  # the work is left undone
+    if a.text.isalpha() and b.text.isalpha() and not len(a.text) == len(b.text) == 2:
+        return False  # words, but xy is yx
+    if not a.values or not b.values:
+        return False
+    pairs = list(_pairs(a.values, b.values))
+    if all(_close(x, y) for x, y in pairs):
+        return True
+    percent = a.text.endswith("%") - b.text.endswith("%")
+    if percent:  # the sign may be lost: 50% is 0.5 and 50
+        return all(_close(x * 100, y) if percent > 0 else _close(x, y * 100) for x, y in pairs)
+    if "." not in a.text + b.text or len(pairs) > 1:
+        return False
+    a, b, (x, y) = (a, b, pairs[0]) if DECIMAL.fullmatch(a.text) else (b, a, pairs[0][::-1])
+    decimal = DECIMAL.fullmatch(a.text)
+    if not decimal or DECIMAL.fullmatch(b.text) or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
+        return False
+    step = 10.0 ** -len(decimal[2])  # rounded or cut off
+    return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
+
+
+def _close(a, b):
+    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
+    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
+
+
+# ----------------------------------------------------------------------------------------------
+# Cleaning: one spelling for what LaTeX, Unicode and plain text write in several ways.
 
 SYMBOLS = {code: f"\\{unicodedata.name(chr(code)).split()[-1].lower()} ".replace("lamda", "lambda")
            for code in range(ord("α"), ord("ω") + 1)}
 SYMBOLS |= {ord(char): meaning for chars, meaning in {
-    "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ", "≤⩽": r"\le ", "≥⩾": r"\ge ",
-    "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": ",", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′’": "'",
-    "€£¥\u200b\u200c\u200d\u2060\ufeff": ""}.items() for char in chars}
+    "−–—‐‑‒": "-", "×·⋅∙": "*", "÷⁄∕": "/", "∞": r"\infty ", "√": r"\sqrt ",
+    "≤⩽": r"\le ", "≥⩾": r"\ge ", "≠": r"\ne ", "≈": "=", "∈": r"\in ", "∪": ",",
+    "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′’": "'",
+    "€£¥\u200b\u200c\u200d\u2060\ufeff": "",
+}.items() for char in chars}
 COMMANDS = {"\\" + command: meaning for commands, meaning in {
     "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits boxed fbox operatorname": "",
     "mathbb mathbf mathit mathsf mathcal bm boldsymbol ! ( ) [ ] $": "", ", ; : quad qquad": " ", "%": "%",
@@ -126,6 +290,13 @@ def _mixed(match):
     r"""1\frac{4}{5} and 1 4/5 are sums; 2\frac{3}{2}, whose fraction is not proper, is a product."""
     whole, top, bottom = match.groups()
     return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if (len(top), top) < (len(bottom), bottom) else match[0]
+
+
+def _repeating(match):
+    r"""0.1\overline{6} is the fraction (16 - 1) / 90."""
+    whole, digits, period = match.groups()
+    top = int(whole + digits + period) - int(whole + digits or 0)
+    return rf"\frac{{{top}}}{{{10 ** len(digits) * (10 ** len(period) - 1)}}}"
 
 
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")
@@ -152,6 +323,8 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", _mixed),
     ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", _mixed),
     ("\\over", r"\{?([^{}]*)\\over(?![a-z])([^{}]*)\}?", r"\\frac{\1}{\2}"),
+    ("\\choose", r"\{?([^{}]*)\\choose(?![a-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    ("line", r"(\d{0,30})\.(\d{0,30})\\overline ?\{ ?(\d{1,30}) ?\}", _repeating),
     ("\\sqrt", r"\\sqrt ?\[([^\[\]]*)\]", r"\\root{\1}"),
     ("-1", r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1"),
     ("|", r"\|([^|]*)\|", r"\\abs{\1}"),
@@ -166,7 +339,7 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
 )]
 
 
-@lru_cache(maxsize=4096)  # a gold meets the answers of a whole group
+@lru_cache(maxsize=4096)  # a gold is compared with the answers of a complete group
 def _clean(text):
     """Return text in one spelling of each sign, command, space, grouped number and mixed number."""
     if PLAIN.fullmatch(text):  # most golds are
@@ -180,7 +353,8 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-# Parse: by recursive descent, from lists down to numbers and names, computing on the way.
+# ----------------------------------------------------------------------------------------------
+# Parsing: recursive descent from lists to numbers and names, computing values along the way.
 
 POWER = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
 WORD = r"(?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?"
@@ -189,9 +363,9 @@ TOKEN = re.compile(  # first a unit: texts or words that end an item. No other t
     r"(?= ?(?:[,;)}\]]|\\\}|$))|_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|\\(?:matrix|determinant)\{"
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
-HEDGE = re.compile(  # a unit does not doubt, offer a choice or change the number
-    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|around|roughly|nearly"
-    r"|almost|approx\w*|nor|to"
+HEDGE = re.compile(  # words that express doubt, offer a choice or change the number: not a unit
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about|around"
+    r"|roughly|nearly|almost|approx\w*|nor|to"
     r"|negative|than|more|less|least|most|over|under|above|below|up|plus|minus|times|half|hundreds?"
     r"|thousands?|[mbtr]+illions?|dozens?|pairs?|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
@@ -215,6 +389,8 @@ class Node(NamedTuple):
     values: list = None   # of a leaf: its value or, with variables, one a point; of an equation: left - right
     items: list = ()      # of a list, set, ...; of an equation: its right side
     named: bool = False   # whether an equation only names its right side, as x = 5 does
+    plain: bool = False   # of a leaf: whether its text has the form of a plain gold or answer
+    gold: bool = False    # of a leaf: whether it is part of the gold
 
 
 def _power(a, b):
@@ -252,14 +428,14 @@ def _pairs(*lists):
 
 
 class Parser:
-    """Reads a cleaned answer. Each method goes on where the last one stopped, and returns a Node.
+    """Reads a cleaned answer. Each method continues where the last one stopped, and returns a Node.
 
-    Numbers are fractions while they are exact, and floats beyond. Variables have values at a few points,
-    which are drawn from the text of both answers.
-    """
+    Numbers are fractions while they are exact, else floats. Variables have values at a few points, which are
+    drawn from the text of both answers."""
 
-    def __init__(self, text, both):
+    def __init__(self, text, both, plain=PLAIN_ANSWER):
         self.tokens, self.at, self.depth, self.work, self.both = TOKEN.findall(text) + [""], 0, 0, 0, both
+        self.plain = plain  # the form of a plain leaf: PLAIN_GOLD or PLAIN_ANSWER
 
     @property
     def next(self):
@@ -273,12 +449,13 @@ class Parser:
         """Return some tokens as one text, without spaces."""
         text = "".join(self.tokens[start:end])
         text = TEXT.sub(r"\1", text).replace(" ", "") if " " in text or r"\text" in text else text
-        return text.casefold() if text.isalpha() or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
+        word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
+        return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
 
     def answer(self):
-        """Read all there is."""
+        """Read the complete answer."""
         items = self.list(True)
-        if self.next:  # a stray bracket: no structure to rely on
+        if self.next:  # a stray bracket: compare as text
             return Node(text=self.text(0, -1))
         return items[0] if len(items) == 1 else Node("list", items=items)
 
@@ -326,7 +503,7 @@ class Parser:
         return Node(text="".join(side.text + sign for side, sign in zip(sides, signs + [""])))
 
     def leaf(self):
-        """Read a number, an expression or a text, with or without a unit; or brackets that are no factor."""
+        """Read a number, expression or text, with or without a unit; or brackets that are not a factor."""
         self.work += 1
         start, node = self.at, self.expression()
         end = self.at
@@ -334,7 +511,9 @@ class Parser:
             doubtful = HEDGE.search(self.take())
             if doubtful or not node.values or len(node.values) > 1:  # only a number loses its unit
                 node, end = Node(), self.at
-        return node if node.text else Node(node.kind, self.text(start, end), node.values, node.items)
+        text = self.text(start, end)
+        plain = self.plain.fullmatch(text) is not None
+        return node._replace(text=node.text or text, plain=plain, gold=self.plain is PLAIN_GOLD)
 
     def binding(self):
         """Return how strongly the next token binds. A unit does not, a subscript does."""
@@ -445,108 +624,3 @@ class Parser:
                 return Node()
             values.append(value)
         return Node(values=values)
-
-
-# Compare.
-
-GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)
-BRACKET = re.compile(r"[(\[]|\\\{")
-BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")
-DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
-
-
-def answers_equal(prediction, gold):
-    """Return whether prediction is worth gold. An empty gold is worth nothing, and so is what is no string.
-
-    What lies beyond the bounds at the top of this file equals only itself.
-    """
-    if not isinstance(prediction, str) or not isinstance(gold, str):
-        return False
-    prediction, gold = prediction.strip(), gold.strip()
-    if max(len(prediction), len(gold)) > MAX_LENGTH:
-        return prediction == gold
-    texts = [_clean(prediction), _clean(gold)]
-    if not all(text.strip("{} ") for text in texts):
-        return False
-    if prediction == gold or texts[0] == texts[1]:
-        return True
-    if PLAIN.fullmatch(texts[0]) and PLAIN.fullmatch(texts[1]):
-        number = Fraction if "." in texts[0] + texts[1] else int
-        return number(texts[0]) == number(texts[1])
-    # 100,200 is one number or, unless a group begins with 0, two: whichever the other answer makes true.
-    both, readings = "\n".join(sorted(texts)), [texts]
-    if "," in both:
-        joined = [text if BRACKET.search(text) else GROUPED.sub(lambda group: group[0].replace(",", ""), text)
-                  for text in texts]
-        readings = [joined] if joined == texts or re.search(r",0\d\d", both) else [joined, texts]
-    try:
-        return any(_equal(*(Parser(text, both).answer() for text in reading)) for reading in readings)
-    except FAILURES:  # beyond a bound
-        return False
-
-
-def _equal(a, b):
-    """Whether two nodes are worth the same."""
-    if a.kind == b.kind == "leaf":
-        return _equal_leaves(a, b)
-    if a.kind == b.kind == "=":
-        if a.text == b.text and _equal(a.items[0], b.items[0]):
-            return True
-        if not a.values or not b.values or a.values[0] == a.values[-1] or b.values[0] == b.values[-1]:
-            return False
-        # proportional: 2x - y = 0 is y = 2x
-        return all(_close(a.values[0] * y, b.values[0] * x) for x, y in zip(a.values, b.values))
-    a, b = (b, a) if b.kind == "=" else (a, b)
-    if a.kind == "=":
-        return a.named and _equal(a.items[0], b)
-    a, b = (b, a) if b.kind in ("list", "set", "matrix") else (a, b)
-    if {a.kind, b.kind} <= {"list", "set"} and len(a.items) <= MAX_ITEMS:
-        left = list(b.items)
-        for item in a.items:
-            found = next((place for place, other in enumerate(left) if _equal(item, other)), None)
-            if found is None:
-                return False
-            del left[found]
-        return not left
-    if a.kind in ("list", "set", "matrix") and len(a.items) == 1 and b.kind != "matrix":
-        return _equal(a.items[0], b)
-    # A tuple may lose its parentheses, and a vector may be written as a tuple.
-    alike = a.kind == b.kind != "leaf" or a.kind in ("list", "matrix") and b.kind == "()"
-    return alike and len(a.items) == len(b.items) and all(map(_equal, a.items, b.items))
-
-
-def _equal_leaves(a, b):
-    """Whether two numbers, expressions or texts are worth the same."""
-    if a.text and a.text == b.text:
-        return True
-    if "_" in a.text + b.text and BASE.sub(r"\1", a.text) == BASE.sub(r"\1", b.text):
-        return not (BASE.match(a.text) and BASE.match(b.text))  # 52 is 52_8, 52_9 is not
-    if not a.values or not b.values or a.text.isalpha() and b.text.isalpha():
-        return False
-    pairs = list(_pairs(a.values, b.values))
-    if all(_close(x, y) for x, y in pairs):
-        return True
-    percent = a.text.endswith("%") - b.text.endswith("%")
-    if percent:  # the sign may be lost: 50% is 0.5 and 50
-        return all(_close(x * 100, y) if percent > 0 else _close(x, y * 100) for x, y in pairs)
-    if "." not in a.text + b.text or len(pairs) > 1:
-        return False
-    a, b, (x, y) = (a, b, pairs[0]) if DECIMAL.fullmatch(a.text) else (b, a, pairs[0][::-1])
-    decimal = DECIMAL.fullmatch(a.text)
-    if not decimal or DECIMAL.fullmatch(b.text) or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
-        return False
-    step = 10.0 ** -len(decimal[2])  # rounded or cut off
-    return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
-
-
-def _close(a, b):
-    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
-
-
-def score(completion, golds):
-    """Return one bool a gold: whether the completion answers that problem correctly."""
-    golds = golds if isinstance(golds, (list, tuple)) else []
-    return list(map(answers_equal, extract_answers(completion, len(golds)), golds))

@@ -136,7 +136,7 @@ class Rows:
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
         self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget came
         self.job = np.zeros(rows, dtype=np.int64)  # the index of the completion
-        self.reach = np.zeros(rows, dtype=np.int64)  # at least `position`, on the host: reading it is no sync
+        self.reach = np.zeros(rows, dtype=np.int64)  # at least `position`; on the host, needs no sync
 
     def add(self, jobs, prompts, prefixes, noise):
         """Starts the completions `jobs` in the free rows. All arguments are lists with one entry for each."""

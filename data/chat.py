@@ -13,7 +13,9 @@ import jinja2.nodes
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from data.problems import batch_prompt
 from model import UserError, read_json
+from rollout import check_length
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -40,12 +42,36 @@ def encode_chat(chat, message):
                                     documents=None, add_generation_prompt=True, **chat.special)
     except Exception as error:  # a template is a program: it can fail in any way
         raise UserError(f"the chat template in {chat.path} fails: {error}") from None
-    return chat.tokenizer.encode(text, add_special_tokens=False).ids  # the template has written them
+    ids = chat.tokenizer.encode(text, add_special_tokens=False).ids  # the template has written them
+    if not ids:
+        raise UserError(f"the chat template in {chat.path} renders nothing")
+    return ids
 
 
 def decode(chat, ids):
     """Texts of lists of token ids, without special tokens."""
     return chat.tokenizer.decode_batch(ids, skip_special_tokens=True)
+
+
+def keep_fitting(model, chat, problems, groups_of, skip_long):
+    """The problems whose prompts fit the model's positions, before anything is sampled. groups_of(problems)
+    yields every (group of indices, budget) to come. Where a prompt does not fit, its longest problem is left
+    out with skip_long, and otherwise named in a UserError."""
+    while True:
+        too_long = set()
+        for group, budget in groups_of(problems):
+            ids = encode_chat(chat, batch_prompt([problems[i] for i in group]))
+            longest = max(group, key=lambda i: len(problems[i]["problem"]))
+            try:
+                check_length(model, len(ids), budget)
+            except UserError as error:
+                if not skip_long:
+                    raise UserError(f"{problems[longest]['where']}: {error}, or leave out long problems with "
+                                    "--skip-long") from None
+                too_long.add(longest)
+        if not too_long:
+            return problems
+        problems = [problem for i, problem in enumerate(problems) if i not in too_long]
 
 
 def load_chat(path):

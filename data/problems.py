@@ -80,16 +80,18 @@ def evaluation_groups(problems, n, seed):
 
 
 def load_problems(path, answers=True):
-    """A JSONL file as a list of {"id", "problem": str, "answer": str, "difficulty": float}. The id is the
-    line number if the line has none. With answers=False a line may lack its answer (None).
+    """A JSONL file as a list of {"id", "problem": str, "answer": str, "difficulty": float, "where": its file
+    and line}. The id is the line number if the line has none. With answers=False a line may lack its answer
+    (None).
 
     Raises UserError, with the number of the line, for a line that is not of this form."""
     problems, seen = [], {}
     for number, line in read_lines(path):
+        where = f"{path}, line {number}"
         try:
-            problem = read_problem(line, number, answers)
+            problem = read_problem(line, number, answers) | {"where": where}
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         seen[problem["id"]] = seen.get(problem["id"], 0) + 1
         if seen[problem["id"]] > 1:  # an id that is used again gets its line number
             problem["id"] += f" (line {number})"
@@ -99,10 +101,20 @@ def load_problems(path, answers=True):
     return problems
 
 
+def load_benchmarks(paths, most):
+    """The first `most` problems of each file, {name of the file: problems}."""
+    benchmarks = {}
+    for path in paths.split(","):
+        if Path(path).stem in benchmarks:
+            raise UserError(f"two data files are called {Path(path).stem}: rename one of them")
+        benchmarks[Path(path).stem] = load_problems(path)[:most]
+    return benchmarks
+
+
 def read_lines(path):
     """The lines of a UTF-8 text file that are not blank, as (number, line) pairs. Raises UserError."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")  # a byte order mark is allowed
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -121,7 +133,7 @@ def read_problem(line, number, answers=True):
     if not isinstance(entry, dict):
         raise ValueError("expected a JSON object with problem and answer")
     problem, answer, difficulty = entry.get("problem"), entry.get("answer"), entry.get("difficulty") or 0
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if is_number(answer):
         answer = str(answer)
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("the field problem has no text")
@@ -132,11 +144,17 @@ def read_problem(line, number, answers=True):
         (problem + (answer or "")).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("the text has half of a surrogate pair, which is not a character") from None
-    is_number = isinstance(difficulty, (int, float)) and not isinstance(difficulty, bool)
-    if not is_number or not math.isfinite(difficulty):
-        raise ValueError("the field difficulty is not a number")
+    if not is_number(difficulty):
+        raise ValueError("the field difficulty is not a finite number")
     name = str(entry.get("id", number))
     return {"id": name, "problem": problem, "answer": answer, "difficulty": difficulty}
+
+
+def is_number(value):
+    """Whether a JSON value is a number that a float can hold: not true, NaN, Infinity or 10**400."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def write_lines(path, entries):

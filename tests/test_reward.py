@@ -113,8 +113,8 @@ TABLE = r"""
 = 1/2 ;; 1⁄2 ;; fraction slash
 = 1/2 ;; ½ ;; one character
 = 2 ;; 4/2 ;; an integer in the end
-= 1/6 ;; 1/2/3 ;; from left to right
-= 3/4 ;; \frac{\frac{3}{2}}{2} ;; nested
+! 1/6 ;; 1/2/3 ;; from left to right
+! 3/4 ;; \frac{\frac{3}{2}}{2} ;; nested
 = 1/2 ;; \frac{0.5}{1} ;; decimal inside
 = -1/2 ;; \frac{-1}{2} ;; sign above
 = -1/2 ;; \frac{1}{-2} ;; sign below
@@ -356,7 +356,7 @@ TABLE = r"""
 = \frac{100!}{2^{50}} ;; 100!/2^{50} ;; exact
 ! 5! ;; 5 ;; the sign of the factorial
 = \binom{5}{2} ;; 10 ;; binomial
-= 5 ;; |-5| ;; absolute value
+! 5 ;; |-5| ;; absolute value
 = \lfloor 2.7 \rfloor ;; 2 ;; floor
 = \infty ;; +\infty ;; sign
 = \infty ;; infinity ;; word
@@ -500,13 +500,62 @@ TABLE = r"""
 = Yes ;; yes. ;; case and full stop
 = Yes ;; **Yes** ;; Markdown
 = No ;; \mathrm{no} ;; another wrapper
+# a plain gold asks for a plain answer
+! 23 ;; 14 + 6 + 3 ;; a sum copied from the problem
+! \frac{5}{4} ;; 1/4 + 1/4 + 3/4 ;; a sum of fractions
+! \frac{5}{4} ;; \frac{1}{4}+\frac{1}{4}+\frac{3}{4} ;; the same in LaTeX
+! 35 ;; 5 \times 7 ;; product
+! 12 ;; 3(4) ;; product of neighbours
+! 120 ;; 5! ;; factorial
+! 10 ;; \binom{5}{2} ;; binomial
+! 4 ;; \sqrt{16} ;; root
+! 2 ;; 8^{1/3} ;; root as a power
+! 0.5 ;; \sin(30^\circ) ;; function
+! 1 ;; e^0 ;; constant
+! 5 ;; \lfloor 5.5 \rfloor ;; floor
+! \frac12 ;; \frac{2+3}{10} ;; fraction of sums
+! 5\text{ cm} ;; 2+3\text{ cm} ;; with a unit
+! 50\% ;; 25\%+25\% ;; percentages
+! x=5 ;; x=2+3 ;; right side of an equation
+! x=5 ;; 2+3 ;; the gold names its variable
+! [0,5] ;; [0,2+3] ;; end of an interval
+! (2,3) ;; (1+1,3) ;; item of a tuple
+! \{2,3\} ;; \{1+1,3\} ;; item of a set
+! 2, 3 ;; 1+1, 3 ;; item of a list
+= 23 ;; 14 + 6 + 3 = 23 ;; the result follows
+= 5 ;; \frac{10}{2} ;; a fraction need not be reduced
+= 5 ;; 10/2 ;; the same
+= 1000 ;; 10^3 ;; one power
+= 4 ;; (-2)^2 ;; one power with a sign
+= 2000 ;; 2\times10^3 ;; scientific notation
+= -3.5 ;; -3\frac12 ;; mixed number
+= 2^{10} ;; 1024 ;; the gold is a power
+= 2^{10} ;; 2\cdot 512 ;; and not plain
+= \binom{5}{2} ;; 5\cdot 2 ;; the gold is not plain
+# repeating decimals
+= \frac13 ;; 0.\overline{3} ;; a third
+= \frac16 ;; 0.1\overline{6} ;; a sixth
+= \frac53 ;; 1.\overline{6} ;; with a whole part
+= -\frac13 ;; -0.\overline{3} ;; sign
+= 0.\overline{3} ;; \frac13 ;; as the gold
+= \frac{41}{333} ;; 0.\overline{123} ;; period of three
+! 0.3 ;; 0.\overline{3} ;; not the digits alone
 = \text{Monday} ;; \textbf{monday} ;; bold
 = \text{Evelyn} ;; \text{ Evelyn } ;; spaces
 = \text{no solution} ;; No solution ;; two words
 = C ;; (C) ;; choice
 = C ;; C. ;; choice and full stop
 = C ;; C) ;; half a bracket
-= C ;; c ;; case
+= C ;; c ;; a choice, whatever its case
+= B ;; \textbf{(B)}\ 5 ;; a choice with its value
+= B ;; (B) \frac12 ;; the same
+! B ;; (C) 5 ;; another choice with its value
+! B ;; (B) 5 or (C) 7 ;; two choices
+! B ;; (B) or (C) ;; two choices without values
+! 5 ;; (B) 5 ;; the gold is a value
+! m ;; M ;; a variable keeps its case
+= xy ;; yx ;; a product of two variables
+= \binom{5}{2} ;; {5\choose 2} ;; TeX's choose
 = C ;; \mathbf{C} ;; bold
 = C ;; \text{(C)} ;; text
 = all real numbers ;; All real numbers ;; case of a word within a text
@@ -543,7 +592,7 @@ TABLE = r"""
 = -5 ;; −5 ;; minus sign
 = -5 ;; –5 ;; en dash
 = 12 ;; １２ ;; full-width digits
-= 2 ;; 1 + 1 ;; a sum is its value
+! 2 ;; 1 + 1 ;; a sum is work left undone
 ! 3 ;; 3 or 4 ;; hedge
 ! 3 ;; 3, maybe 4 ;; hedge
 ! 5 ;; ... ;; placeholder
@@ -763,9 +812,9 @@ def test_fractions_are_equal_exactly_when_they_are(a, b):
     """A failure is arithmetic gone wrong: the parser must agree with Fraction."""
     latex = [f"\\frac{{{f.numerator}}}{{{f.denominator}}}" for f in (a, b)]
     assert answers_equal(latex[0], latex[1]) == (a == b)
-    assert answers_equal(f"{latex[0]}+{latex[1]}", str(a + b))
-    assert answers_equal(f"({a})*({b})", str(a * b))
-    assert answers_equal(f"({a})-{latex[1]}", str(a - b))
+    assert answers_equal(f"x+{latex[0]}+{latex[1]}", f"x+{a + b}")  # x, so that the gold is not plain
+    assert answers_equal(f"x+({a})*({b})", f"x+{a * b}")
+    assert answers_equal(f"x+({a})-{latex[1]}", f"x+{a - b}")
 
 
 @settings(max_examples=500, deadline=None)

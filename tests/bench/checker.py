@@ -1,10 +1,11 @@
-"""The checker beside math-verify, in one run: speed, and verdicts on the benchmarks' golds and their rewrites.
+"""
+The checker next to math-verify in one run: speed, and verdicts on the benchmarks' golds and their rewrites.
 
-    pip install math-verify && python tests/bench_reward.py [--pairs 4000]
+    pip install math-verify && python tests/bench/checker.py [--pairs 4000]
 
-Both judge the same pairs (gold, answer), block by block in turn, and are timed in processor time, so that a busy
-machine slows both alike. What is right is known from how a pair was made: a rewrite that keeps the value, or one
-that changes it; and the shared examples say it of themselves. Every disagreement is printed with who is right.
+Both judge the same pairs (gold, answer) in alternating blocks and are timed in processor time. The expected
+verdict follows from how a pair was made: a rewrite that keeps the value, or one that changes it. Every
+disagreement is printed with the side that is right.
 """
 
 import argparse
@@ -15,27 +16,26 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from reward import answers_equal
-from reward_rewrites import changing, keeping
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from reward import answers_equal  # noqa: E402
+from reward_rewrites import changing, keeping  # noqa: E402
 
-SHARED = Path(__file__).parents[2] / "shared"
-BLOCK = 200  # pairs that one of them judges before it is the other's turn
+SHARED = REPO.parent / "shared"
+BLOCK = 200  # pairs that one side judges before the other continues
 
 
 def collect(count, seed):
-    """Return (source, gold, answer, expected) of every gold, of `count` rewrites and of the shared examples."""
-    golds = [json.loads(line)["answer"] for path in sorted((SHARED / "benchmarks").glob("*.jsonl")) for line in path.open()]
-    rewrites = []
-    for gold in golds:
-        rewrites += [("kept: " + name, gold, text, True) for name, text in keeping(gold).items()]
-        rewrites += [("changed: " + name, gold, text, False) for name, text in changing(gold).items()]
-    examples = [json.loads(line) for line in (SHARED / "checker" / "examples.jsonl").open()]
+    """(source, gold, answer, expected) of `count` golds and rewrites, and of the shared examples."""
+    golds = [json.loads(line)["answer"] for path in sorted((SHARED / "benchmarks").glob("*.jsonl"))
+             for line in path.open()]
     pairs = [("itself", gold, gold, True) for gold in golds]
-    pairs += rewrites
+    for gold in golds:
+        pairs += [("kept: " + name, gold, text, True) for name, text in keeping(gold).items()]
+        pairs += [("changed: " + name, gold, text, False) for name, text in changing(gold).items()]
     rng = random.Random(seed)
     pairs = rng.sample(pairs, min(count, len(pairs)))
+    examples = [json.loads(line) for line in (SHARED / "checker/examples.jsonl").open()]
     pairs += [("example", case["gold"], case["pred"], case["expected"]) for case in examples
               if case["kind"] == "compare" and isinstance(case["pred"], str)]
     rng.shuffle(pairs)
@@ -43,7 +43,7 @@ def collect(count, seed):
 
 
 def math_verify_equal():
-    """Return math-verify's comparison as it comes: both sides parsed out of their text, its own timeouts of 5 s."""
+    """math-verify's comparison with its defaults: both sides are parsed out of their text."""
     from math_verify import parse, verify
 
     logging.disable(logging.ERROR)
@@ -57,7 +57,7 @@ def math_verify_equal():
 
 
 def measure(judges, pairs):
-    """Return {name: (verdicts, seconds of each)}; the judges take turns, block by block."""
+    """{name: (verdicts, seconds of each)}. The judges alternate, block by block."""
     results = {name: ([], []) for name in judges}
     for begin in range(0, len(pairs), BLOCK):
         for name, judge in judges.items():
@@ -73,40 +73,48 @@ def measure(judges, pairs):
     return results
 
 
+def print_table(results, pairs):
+    print(f"{len(pairs)} pairs")
+    print(f"{'':12} {'checks/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9} {'false rewards':>14} "
+          f"{'missed':>7} {'wrong on examples':>18}")
+    for name, (verdicts, seconds) in results.items():
+        ranked = sorted(seconds)
+        paid = sum(bool(verdict) and not pair[3] for verdict, pair in zip(verdicts, pairs))
+        missed = sum(not verdict and pair[3] for verdict, pair in zip(verdicts, pairs))
+        examples = [bool(verdict) == pair[3] for verdict, pair in zip(verdicts, pairs)
+                    if pair[0] == "example"]
+        print(f"{name:12} {len(seconds) / sum(seconds):9.0f} {ranked[len(ranked) // 2] * 1e3:8.3f} "
+              f"{ranked[int(len(ranked) * 0.99)] * 1e3:8.3f} {ranked[-1] * 1e3:9.2f} {paid:14} {missed:7} "
+              f"{examples.count(False):9} of {len(examples)}")
+
+
+def print_disagreements(pairs, ours, theirs):
+    for (source, gold, answer, expected), a, b in sorted(zip(pairs, ours, theirs), key=lambda row: row[0][0]):
+        truth = "equal" if expected else "not equal"
+        if a != b:
+            right = "reward.py" if a == expected else "math-verify"
+            print(f"  {right:11} is right   {source}: {answer!r} for {gold!r} is {truth}")
+        elif a != expected:
+            print(f"  both are wrong           {source}: {answer!r} for {gold!r} is {truth}")
+
+
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--pairs", type=int, default=4000, help="golds and rewrites to draw")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--quiet", action="store_true", help="do not print the disagreements")
     options = options.parse_args()
     pairs = collect(options.pairs, options.seed)
     results = measure({"reward.py": answers_equal, "math-verify": math_verify_equal()}, pairs)
-
-    print(f"{len(pairs)} pairs")
-    print(f"{'':12} {'checks/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9} {'false rewards':>14} {'missed':>7} "
-          f"{'wrong on examples':>18}")
-    for name, (verdicts, seconds) in results.items():
-        ranked = sorted(seconds)
-        paid = sum(bool(verdict) and not pair[3] for verdict, pair in zip(verdicts, pairs))
-        missed = sum(not verdict and pair[3] for verdict, pair in zip(verdicts, pairs))
-        examples = [bool(verdict) == pair[3] for verdict, pair in zip(verdicts, pairs) if pair[0] == "example"]
-        print(f"{name:12} {len(seconds) / sum(seconds):9.0f} {ranked[len(ranked) // 2] * 1e3:8.3f} "
-              f"{ranked[int(len(ranked) * 0.99)] * 1e3:8.3f} {ranked[-1] * 1e3:9.2f} {paid:14} {missed:7} "
-              f"{examples.count(False):9} of {len(examples)}")
+    print_table(results, pairs)
     ours, theirs = (results[name][0] for name in ("reward.py", "math-verify"))
-    print(f"reward.py is {sum(results['math-verify'][1]) / sum(results['reward.py'][1]):.0f} times as fast")
+    ratio = sum(results["math-verify"][1]) / sum(results["reward.py"][1])
+    print(f"reward.py is {ratio:.0f} times as fast")
     agree = sum(a == b for a, b in zip(ours, theirs))
-    print(f"they agree on {agree} pairs ({100 * agree / len(pairs):.1f}%) and disagree on {len(pairs) - agree}")
+    print(f"they agree on {agree} pairs ({agree / len(pairs):.1%}) and disagree on {len(pairs) - agree}")
     if not options.quiet:
-        for (source, gold, answer, expected), a, b in sorted(zip(pairs, ours, theirs), key=lambda row: row[0][0]):
-            if a != b:
-                right = "reward.py" if a == expected else "math-verify"
-                truth = "equal" if expected else "not equal"
-                print(f"  {right:11} is right   {source}: {answer!r} for {gold!r} is {truth}")
-        for (source, gold, answer, expected), a, b in zip(pairs, ours, theirs):
-            if a == b != expected:
-                truth = "equal" if expected else "not equal"
-                print(f"  both are wrong           {source}: {answer!r} for {gold!r} is {truth}")
+        print_disagreements(pairs, ours, theirs)
 
 
 if __name__ == "__main__":
