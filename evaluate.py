@@ -41,12 +41,10 @@ from reward import extract_answers, score
 HERE = Path(__file__).resolve().parent
 
 
-MOST = 2**31  # for numbers without a limit of their own
-
-
-def flag(default, doc, least=None, most=MOST, choices=None):
+def flag(default, doc, least=None, most=None, choices=None):
     """A field of a settings class: a flag of the command line with its help text and its range. Every number
-    has a `least` value."""
+    has a `least` value, and at most 2**31 unless `most` differs, so that no flag accepts nan or inf."""
+    most = 2**31 if least is not None and most is None else most
     metadata = {"doc": doc, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -58,7 +56,7 @@ class EvaluationSettings:
     solve: str = flag("", "answer the problems of this JSONL file, with one --n and one --budget")
     n: tuple = flag((1, 2, 4, 8), "values of N, the number of problems in a prompt")
     budget: tuple = flag((1024,), "tokens for a whole completion: one number, or one for each N")
-    within: int = flag(150, "report the accuracy within this many tokens, too", least=1)
+    within: int = flag(0, "also report the accuracy within this many tokens; 0 does not", least=0)
     problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
     samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
     temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token", least=0)
@@ -107,7 +105,7 @@ def evaluate(model, chat, problems, n, budget, score, s, path, title):
     def judge(p, tokens, text):
         golds = [problem["answer"] for problem in batch[p]]
         correct = in_budget = score(text, golds)  # N marks
-        if len(tokens) > s.within:  # sampling with that budget gives the same tokens, up to the cut
+        if 0 < s.within < len(tokens):  # sampling with that budget gives the same tokens, up to the cut
             in_budget = score(decode(chat, [tokens[: s.within]])[0], golds)
         return {"correct": [float(mark) if c else None for mark, c in zip(correct, counted[p])],
                 "in_budget": [float(mark) if c else None for mark, c in zip(in_budget, counted[p])],
@@ -254,7 +252,8 @@ def table(stages, changes, within):
             columns.append(["change", *(format_points(changes[name][n]) for name, n in keys)])
         if changes and metric == "tokens_per_problem":
             columns.append(["change", *(f"{changes[name][n]['tokens']:+.1%}" for name, n in keys)])
-        groups.append((title.format(within=within), columns))
+        if within or metric != "accuracy_in_budget":
+            groups.append((title.format(within=within), columns))
     blocks = []
     for title, columns in groups:
         widths = [max(map(len, column)) for column in columns]
@@ -343,8 +342,9 @@ def plot_over_n(axes, by_n, stage, colour, within):
     axes[1].plot(ns, [f["accuracy"] for f in figures], "o-", color=colour, label=f"{stage}, not truncated")
     low, high = zip(*(f["accuracy_ci95"] for f in figures))
     axes[1].fill_between(ns, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes[1].plot(ns, [f["accuracy_in_budget"] for f in figures], "o--", color=colour,
-                 label=f"{stage}, {within} tokens")
+    if within:
+        axes[1].plot(ns, [f["accuracy_in_budget"] for f in figures], "o--", color=colour,
+                     label=f"{stage}, {within} tokens")
     for n, of_n in zip(ns, figures):
         axes[2].plot(range(1, n + 1), of_n["accuracy_by_position"], ".-", color=colour,
                      alpha=0.2 + 0.8 * (n / max(ns)), label=f"{stage}, N = {n}")
@@ -578,8 +578,8 @@ def parse_flags(settings_class, description, argv=None):
     for field in dataclasses.fields(settings_class):
         least, most, value = field.metadata["least"], field.metadata["most"], getattr(s, field.name)
         if least is not None and not least <= value <= most:  # false for nan
-            limits = f"at least {least}" + (f" and at most {most}" if most < MOST else "")
-            raise UserError(f"--{field.name.replace('_', '-')} should be {limits}, not {value}")
+            flag_name = f"--{field.name.replace('_', '-')}"
+            raise UserError(f"{flag_name} should be at least {least} and at most {most}, not {value}")
     return s
 
 

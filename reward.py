@@ -175,7 +175,7 @@ def _box(text, start):
 OPEN, CLOSE, DECIMALS = r"[-+({]*", r"[)}]*", r"(?:\d+\.?\d*|\.\d+)"
 _MIXED_NUMBER = rf"\(\d+\+\\frac\{{\d+\}}\{{\d+\}}\)"
 _FRACTION = (rf"\\frac\{{{OPEN}{DECIMALS}{CLOSE}\}}\{{{OPEN}{DECIMALS}{CLOSE}\}}"
-             rf"|{DECIMALS}{CLOSE}/{OPEN}{DECIMALS}")
+             rf"|{DECIMALS}(?:{CLOSE}/{OPEN}{DECIMALS})+")
 _SCIENTIFIC = rf"{DECIMALS}(?:[eE][-+]?\d+|{CLOSE}\*{OPEN}10\^\{{[-+]?\d+\}})"
 _POWER = rf"{DECIMALS}{CLOSE}\^\{{[-+]?\d+\}}"
 PLAIN_GOLD = re.compile(rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{DECIMALS}){CLOSE}[%°]?")

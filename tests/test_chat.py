@@ -110,3 +110,10 @@ def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch
     assert find_model("bcr/tiny") == snapshot
     with pytest.raises(UserError, match="^--model nobody/nothing is not a directory[^\n]*$"):
         find_model("nobody/nothing")
+
+
+def test_a_template_that_renders_nothing_is_refused(tmp_path):
+    """The model is asked nothing, and its completions are scored as answers."""
+    chat = load_chat(chat_directory(tmp_path, template="{% if false %}{{ messages }}{% endif %}"))
+    with pytest.raises(UserError, match="renders nothing"):
+        encode_chat(chat, "17")

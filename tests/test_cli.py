@@ -5,7 +5,9 @@ import json
 import re
 import resource
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -13,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import bcr
 import evaluate
-from conftest import QUICK, TINY, lines_of, metrics_of, outcome, status_of
+from conftest import QUICK, TINY, lines_of, metrics_of, outcome, start, status_of
 from distributed import checkpoints
 from model import Transformer
 
 SMALL = ["--n", 1, "--budget", 40, "--steps", 1, "--groups", 2, "--samples", 2, "--eval-n", 1,
-         "--eval-problems", 2, "--eval-budget", 30]
+         "--eval-problems", 2, "--eval-budget", 40]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -143,17 +145,19 @@ def test_running_out_of_memory_names_the_flags(tmp_path, capsys, monkeypatch):
     assert all(flag in stderr for flag in ("--rows", "--micro-tokens", "--checkpointing"))
 
 
-@pytest.mark.parametrize("cause", ["reward", "weights"])
-def test_three_steps_that_are_not_finite_end_the_run(tmp_path, capsys, cause):
+@pytest.mark.parametrize("cause", ["gradient", "weights"])
+def test_three_steps_that_are_not_finite_end_the_run(tmp_path, capsys, monkeypatch, cause):
     """NaN weights are trained on and saved over the last good ones."""
-    change = ["--n", 1, "--budget", 300, "--length-penalty", 1e38]  # advantages at the end of float32
-    if cause == "weights":  # they are finite, but their logits are not
+    change = []
+    if cause == "gradient":
+        monkeypatch.setattr(bcr.distributed, "clip_gradient", lambda weights, max_norm: float("nan"))
+    else:  # the weights are finite, but their logits are not
         shutil.copytree(TINY / "model", tmp_path / "model")
         state = load_file(TINY / "model/model.safetensors")
         state["model.norm.weight"] *= 1e38
         save_file(state, tmp_path / "model/model.safetensors")
         change = ["--model", tmp_path / "model"]
-    flags = [*SMALL, "--steps", 9, "--save-every", 9, *change]
+    flags = [*SMALL, "--samples", 8, "--steps", 9, "--save-every", 9, *change]
     assert status_of(bcr.main, *flags, "--out", tmp_path / "out") == 2
     stderr = capsys.readouterr().err
     assert len(stderr.strip().splitlines()) == 1 and "steps 1 to 3" in stderr and "not finite" in stderr
@@ -187,7 +191,8 @@ BAD_USE = [  # of bcr.py: flags, and a word of the sentence
     ("--model .", "tokenizer.json"), ("--budget 20", "bare answers"), ("--budget many", "--budget"),
     ("--n 2,4,8 --budget 80,160", "--budget"), ("--n 0", "--n"), ("--n 2,,4", "--n"), ("--n -1", "--n"),
     ("--n 1.5", "--n"), ("--n 2 --data one.jsonl", "only 1"), ("--eval-n 8 --eval-problems 7", "only 7"),
-    ("--temperature 0", "--temperature"), ("--budget 5000", "2048 positions"), ("--dtype int8", "--dtype"),
+    ("--temperature 0", "--temperature"), ("--budget 3000 --eval-budget 3000", "2048 positions"),
+    ("--dtype int8", "--dtype"),
     ("--eval-budget 5000", "2048 positions"), ("--device abacus", "--device"), ("--resume", "--out"),
     ("--resume --out empty", "no run"), ("--bugdet 5", "--bugdet"), ("--budge 150", "--budge"),
     ("--steps", "--steps"), ("--eval-data one.jsonl,./one.jsonl", "two data files"),
@@ -257,3 +262,67 @@ def test_a_damaged_model_is_one_sentence(tmp_path, capsys, name, content):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert before == {file: file.read_bytes() for file in path.iterdir()}
+
+
+def test_every_number_has_a_range():
+    """A new setting accepts nan."""
+    for settings in (bcr.Settings, evaluate.EvaluationSettings):
+        for field in dataclasses.fields(settings):
+            assert field.type not in (int, float) or field.metadata["least"] is not None, field.name
+
+
+def test_a_run_resumes_only_with_the_files_it_began_with(tmp_path, capsys):
+    """Answers to other problems, a table of two rewards, or the weights of another model are mixed in
+    silently; or a changed model is reported as a damaged checkpoint."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    shutil.copy(TINY / "heldout.jsonl", tmp_path / "data.jsonl")
+    (tmp_path / "mine.py").write_text("from reward import score\n")
+    arguments = [*SMALL, "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl",
+                 "--reward", tmp_path / "mine.py", "--out", tmp_path / "out"]
+    assert status_of(bcr.main, *arguments) == 0
+    for name in ("data.jsonl", "mine.py", "model/config.json", "model/model.safetensors"):
+        path = tmp_path / name
+        content = path.read_bytes()
+        changed = content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b"\n"
+        path.write_bytes(changed)
+        assert status_of(bcr.main, *arguments, "--resume") == 2
+        assert f"{path} has changed" in capsys.readouterr().err
+        path.write_bytes(content)
+    assert status_of(bcr.main, *arguments, "--resume") == 0
+
+
+def test_metrics_that_do_not_match_the_checkpoint_are_repaired_or_refused(finished, tmp_path, capsys):
+    """Steps vanish from metrics.jsonl, or half a line ends a resumed run with a traceback."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    path, arguments = tmp_path / "out/metrics.jsonl", [*QUICK, "--out", tmp_path / "out", "--resume"]
+    content = path.read_text()
+    path.write_text(content + '{"step": 6, "n"')
+    assert status_of(bcr.main, *arguments) == 0 and path.read_text() == content
+    for damaged in (content.split("\n", 1)[1], content[: len(content) // 2], "[]\n" + content):
+        path.write_text(damaged)
+        assert status_of(bcr.main, *arguments) == 2
+        assert "metrics.jsonl does not have one line" in capsys.readouterr().err
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path):
+    """Two processes that resume the same run write every line twice. A lock that outlives its process would
+    block the resume after a crash."""
+    arguments = [*SMALL, "--steps", 500, "--save-every", 1, "--out", tmp_path / "out"]
+    first = start("bcr.py", *arguments)
+    while "step   2/" not in first.stdout.readline():
+        assert first.poll() is None
+    second = start("bcr.py", *arguments, "--resume")
+    assert "another process" in second.communicate(timeout=60)[1] and second.returncode == 2
+    first.kill()
+    first.communicate()
+    third = start("bcr.py", *arguments, "--resume", "--steps", 1)
+    assert third.communicate(timeout=60)[1] == "" and third.returncode == 0
+
+
+@pytest.mark.parametrize("program", ["bcr.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_is_not_a_traceback(program):
+    """A page of torch's import stack for a user who stops a run at once."""
+    process = start(program)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode != 0

@@ -150,3 +150,12 @@ def test_the_first_signal_finishes_the_step_and_the_second_does_not():
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def test_grad_clip_0_does_not_clip():
+    """--grad-clip 0 scales every gradient to 0, and the model never changes."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    for max_norm, expected in ((0, 20.0), (5, 5.0)):
+        weight.grad = torch.full((4,), 10.0)
+        assert distributed.clip_gradient([weight], max_norm) == pytest.approx(20.0)
+        assert weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)

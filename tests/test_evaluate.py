@@ -3,10 +3,12 @@ own, and the command evaluate.py."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
+import bcr
 import evaluate
 from conftest import REPO, TINY, lines_of, status_of
 from data.problems import evaluation_groups, load_problems, write_lines
@@ -88,7 +90,7 @@ def measured(shipped, path, problems, n, budget=1024, **changes):
 def test_accuracy_within_a_budget_is_what_sampling_with_it_gives(shipped, tmp_path):
     """The column `in B tokens` is read off longer completions, but is not the accuracy of a run with that
     budget."""
-    free, cut = (measured(shipped, tmp_path / f"{budget}.jsonl", heldout(48), 4, budget)[0]
+    free, cut = (measured(shipped, tmp_path / f"{budget}.jsonl", heldout(48), 4, budget, within=150)[0]
                  for budget in (600, 150))
     assert free["accuracy_in_budget"] == cut["accuracy"] < free["accuracy"]
     assert free["tokens_per_problem"] > cut["tokens_per_problem"] and cut["truncated"] > 0.5
@@ -197,7 +199,7 @@ def test_the_command_reports_each_file_and_n(files, tmp_path, capsys):
     results.json, or the dial names another N. A resumed evaluation samples a finished (file, N) again, or
     comes to other results."""
     out = tmp_path / "out"
-    flags = ["--data", files, "--n", "1,2", "--budget", "20,300", "--samples", 2, "--within", 60,
+    flags = ["--data", files, "--n", "1,2", "--budget", "20,300", "--samples", 2, "--within", 15,
              "--target-accuracy", 0.5, "--out", out]
     assert status_of(evaluate.main, *flags) == 0
     stdout, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())["results"]
@@ -274,3 +276,91 @@ def test_a_problem_that_no_budget_reaches_is_marked(tmp_path):
                      "--out", tmp_path / "out") == 0
     entries = lines_of(tmp_path / "out/answers.jsonl")
     assert [(e["answer"], e["n"], e["rounds"], e["correct"]) for e in entries] == [(None, 1, 2, 0.0)] * 3
+
+
+REWARD_FILES = {
+    "exits": ("import sys\nsys.exit(3)", "SystemExit"),
+    "exits later": ("def score(completion, golds):\n    raise SystemExit(3)", "SystemExit"),
+    "wrong number of answers": ("def score(completion, golds):\n    return [1.0, 1.0]\n"
+                                "def extract_answers(completion, n):\n    return ['a']", "2 texts"),
+    "failing extract": ("def score(completion, golds):\n    return [1.0, 1.0]\n"
+                        "def extract_answers(completion, n):\n    return 1 / 0", "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("body, cause", REWARD_FILES.values(), ids=REWARD_FILES)
+def test_a_reward_file_that_fails_is_named_with_its_cause(tmp_path, body, cause):
+    """A run ends silently with the user's own exit status, or with a traceback."""
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    with pytest.raises(UserError, match=cause) as error:
+        extract, score = evaluate.load_reward(str(path))
+        score("### Problem 1", ["1", "2"])
+        extract("### Problem 1", 2)
+    assert "mine.py" in str(error.value)
+    with pytest.raises(UserError, match=tmp_path.name):
+        evaluate.load_reward(str(tmp_path))  # a directory
+
+
+def test_a_reward_file_is_a_module_with_helpers_and_gets_copies(tmp_path):
+    """Dataclasses with postponed annotations or helper modules fail to import, files without .py are refused,
+    or a score that changes its golds changes them for the rest of the run."""
+    (tmp_path / "bcr_test_helper.py").write_text("VALUE = 0.5\n")
+    (tmp_path / "mine").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from bcr_test_helper import VALUE\n\n\n@dataclass\nclass Mark:\n    value: float\n\n\n"
+        "def score(completion, golds):\n    marks = [Mark(VALUE) for _ in golds]\n    golds.clear()\n"
+        "    return [mark.value for mark in marks]\n")
+    _, score = evaluate.load_reward(str(tmp_path / "mine"))
+    golds = ["1", "2"]
+    assert score("", golds).tolist() == [0.5, 0.5] and golds == ["1", "2"]
+
+
+@pytest.fixture
+def long_file(tmp_path):
+    """Eight problems; the third has more tokens than the shipped model has positions."""
+    problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(8)]
+    problems[2]["problem"] = "What is " + "1 + " * 1500 + "1?"
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return tmp_path / "long.jsonl"
+
+
+@pytest.mark.parametrize("program, flags", [
+    (bcr, "--n 2 --groups 2 --samples 2 --steps 2 --eval-n 1 --eval-problems 2 --data"),
+    (evaluate, "--n 1,2 --budget 200 --data"), (evaluate, "--n 2 --budget 200 --solve")])
+def test_a_problem_that_does_not_fit_is_named_first(tmp_path, capsys, long_file, program, flags):
+    """A run ends in the middle at one long line, and cannot be resumed."""
+    arguments = [*flags.split(), long_file, "--out", tmp_path / "out"]
+    assert status_of(program.main, *arguments) == 2
+    assert "long.jsonl, line 3" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert status_of(program.main, *arguments, "--skip-long") == 0
+    assert "1 of 8 problems are too long" in capsys.readouterr().out
+
+
+def test_the_accuracy_within_more_tokens_than_were_sampled_is_refused(tmp_path, capsys):
+    """A column "in 512 tokens" of completions that were truncated at 60."""
+    assert status_of(evaluate.main, "--within", 512, "--budget", 60, "--out", tmp_path / "out") == 2
+    assert status_of(bcr.main, "--budget", 512, "--eval-budget", 60, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("512") == 2 and not (tmp_path / "out").exists()
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path, capsys):
+    """Completions that can never end are sampled to the budget."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [0, 900]}')
+    assert status_of(evaluate.main, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
+    assert "900" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [
+    lambda line: line[: len(line) // 2], lambda line: "[]",
+    lambda line: line.replace('"sample": 0', '"sample": 7')])
+def test_a_damaged_evaluation_file_is_refused(tmp_path, capsys, damage):
+    """Answers to other problems are counted, or a traceback."""
+    arguments = ["--n", 2, "--problems", 4, "--budget", 200, "--out", tmp_path / "out"]
+    assert status_of(evaluate.main, *arguments) == 0
+    path = tmp_path / "out/evaluation/heldout-n2-step0.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(damage(first) + "\n" + rest)
+    assert status_of(evaluate.main, *arguments, "--resume") == 2
+    assert f"{path.name} is damaged" in capsys.readouterr().err

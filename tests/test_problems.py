@@ -109,3 +109,18 @@ def test_good_lines_and_their_defaults(tmp_path):
     assert problems[1]["problem"] == "\u2028b\x00"
     (tmp_path / "solve.jsonl").write_text('{"problem": "a"}\n')
     assert load_problems(tmp_path / "solve.jsonl", answers=False)[0]["answer"] is None
+
+
+@pytest.mark.parametrize("line", ['{"problem": "a", "answer": NaN}', '{"problem": "a", "answer": Infinity}',
+                                  '{"problem": "a", "answer": "1", "difficulty": 1' + "0" * 400 + "}"])
+def test_numbers_that_a_float_cannot_hold_are_refused(tmp_path, line):
+    """A gold "nan" that no answer equals, or an OverflowError from the middle of the sorting."""
+    (tmp_path / "data.jsonl").write_text(line)
+    with pytest.raises(UserError, match="line 1"):
+        load_problems(tmp_path / "data.jsonl")
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    """Files saved by some Windows editors are refused as invalid JSON."""
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "What is 1 + 1?", "answer": 2}\n')
+    assert load_problems(tmp_path / "data.jsonl")[0]["answer"] == "2"

@@ -113,7 +113,7 @@ TABLE = r"""
 = 1/2 ;; 1⁄2 ;; fraction slash
 = 1/2 ;; ½ ;; one character
 = 2 ;; 4/2 ;; an integer in the end
-! 1/6 ;; 1/2/3 ;; from left to right
+= 1/6 ;; 1/2/3 ;; from left to right
 ! 3/4 ;; \frac{\frac{3}{2}}{2} ;; nested
 = 1/2 ;; \frac{0.5}{1} ;; decimal inside
 = -1/2 ;; \frac{-1}{2} ;; sign above
