@@ -86,7 +86,7 @@ def status_of(main, *arguments):
 
 def lines_of(path):
     """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def metrics_of(out):

@@ -54,7 +54,8 @@ def keeping(gold):
             rewrites["decimal"] = f"{Fraction(top, bottom).numerator / Fraction(top, bottom).denominator:.6f}"
     if NUMBER.fullmatch(core):
         rewrites["zeros"] = core + ("0" if "." in core else ".00")
-        rewrites["fraction"] = str(Fraction(core) * 2 / 2) if "." in core else f"\\frac{{{2 * int(core)}}}{{2}}"
+        doubled = f"\\frac{{{2 * int(core)}}}{{2}}" if "." not in core else None
+        rewrites["fraction"] = doubled or str(Fraction(core))
         rewrites["unit"] = core + "\\text{ cm}"
         rewrites["currency"] = "\\$" + core
         rewrites["name"] = f"x = {core}"
@@ -86,11 +87,13 @@ def changing(gold):
     first = re.search(r"[1-9]", core)
     if first:
         rewrites["first digit"] = core[:first.start()] + str(int(first[0]) % 9 + 1) + core[first.end():]
-    if first and "\\pm" not in core and not re.search(r"[a-zA-Z] ?=|\\in |\\text|_", core) and core[0] not in "([\\{0":
+    fixed_sign = re.search(r"[a-zA-Z] ?=|\\in |\\text|_|\\pm", core) or core[0] in "([\\{0"
+    if first and not fixed_sign:
         rewrites["sign"] = core[1:] if core[0] == "-" else "-" + core
     exponent = re.search(r"\^\{?(\d)\}?", core) if "box" not in core else None
     if exponent:
-        rewrites["exponent"] = core[:exponent.start()] + f"^{{{int(exponent[1]) + 1}}}" + core[exponent.end():]
+        raised = f"^{{{int(exponent[1]) + 1}}}"
+        rewrites["exponent"] = core[:exponent.start()] + raised + core[exponent.end():]
     if PAIRED.fullmatch(core):
         swap = {"(": "[", "[": "("}
         rewrites["bracket"] = swap[core[0]] + core[1:]

@@ -1,5 +1,5 @@
-"""data/prepare.py, run as a user runs it: subprocesses, real files where they are at hand, and rows of
-our own in the shapes that the Hub has. The Hub itself is played by a small server on this machine."""
+"""data/prepare.py, run as a user runs it: subprocesses, the real files if they are present, and made-up rows
+with the columns of the Hub's datasets. A small local server takes the place of the Hub."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from bcr import load_problems
-from conftest import REPO
+from conftest import REPO, lines_of as made
+from data.problems import load_problems
 from reward import answers_equal
 
 SHARED = REPO.parent / "shared" / "benchmarks"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real benchmark files are not beside the repo")
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real benchmark files are not present")
 FIELDS = ["id", "problem", "answer", "difficulty", "source"]
 COMMAND = [sys.executable, str(REPO / "data" / "prepare.py")]
 DEEPMATH = 103022
@@ -30,12 +30,8 @@ SIX = ("aime25", "amc23", "minerva", "math500", "olympiadbench", "deepmath")
 
 
 def prepare(*args, env=(), **kwargs):
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          timeout=120, env=os.environ | dict(env), **kwargs)
-
-
-def made(path):
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120,
+                          stdin=subprocess.DEVNULL, env=os.environ | dict(env), **kwargs)
 
 
 def write_rows(path, rows):
@@ -47,17 +43,17 @@ def raw_rows(name):
     """Rows with the columns that the dataset on the Hub has."""
     of = {
         "aime25": (30, lambda i: {"problem": f"AIME problem {i}", "answer": str(i), "id": str(i)}),
-        "aime24": (30, lambda i: {"id": 60 + i, "problem": f"Older AIME problem {i}", "url": "https://example.org",
-                                  "solution": f"\\boxed{{{i:03}}}"}),
+        "aime24": (30, lambda i: {"id": 60 + i, "problem": f"Older AIME problem {i}",
+                                  "url": "https://example.org", "solution": f"\\boxed{{{i:03}}}"}),
         "amc23": (40, lambda i: {"id": i, "question": f"AMC problem {i}", "answer": float(i), "url": ""}),
         "minerva": (272, lambda i: {"question": f"Minerva problem {i}", "answer": f"{i}.5e33"}),
         "math500": (500, lambda i: {"problem": f"MATH problem {i}", "solution": "We see \\boxed{7}.",
                                     "answer": f"\\frac{{{i}}}{{7}}", "subject": "Algebra", "level": i % 5 + 1,
                                     "unique_id": f"test/algebra/{i}.json"}),
-        "olympiadbench": (674, lambda i: {"id": 1606 + i, "question": f"Olympiad problem {i}", "solution": ["Long."],
+        "olympiadbench": (674, lambda i: {"id": 1606 + i, "question": f"Olympiad problem {i}",
                                           "final_answer": [f"${i}^{{n}}$"] if i else ["$1$", "$-1$"],
-                                          "context": "Let $T=5$." if i == 1 else None, "difficulty": "Competition",
-                                          "unit": None, "image_1": None}),
+                                          "context": "Let $T=5$." if i == 1 else None, "unit": None,
+                                          "difficulty": "Competition", "solution": ["Long."]}),
         "gsm8k_test": (1319, lambda i: {"question": f"School problem {i}",
                                         "answer": f"One has 2*{i}=<<2*{i}={2 * i}>>{2 * i}.\n#### {i:,}"}),
         "deepmath": (DEEPMATH, lambda i: {"question": f"DeepMath problem {i}", "difficulty": i % 19 / 2 + 0.5,
@@ -74,9 +70,9 @@ def raw_rows(name):
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """A folder with raw rows of the six default names; where a run, killed while it wrote DeepMath, and a
-    second one made their files; what lay there in between; and the second run, which also finds a DeepMath
-    file of somebody who had no benchmarks beside it."""
+    """(folder with raw rows of the six default names, output directory of two runs, its files between
+    them, the second run). The first run is killed while it writes DeepMath; the second one finds a
+    DeepMath file that was written without the benchmarks."""
     folder = tmp_path_factory.mktemp("raw")
     for name in SIX:
         write_rows(folder / f"{name}.jsonl", raw_rows(name))
@@ -101,10 +97,10 @@ def raw(tmp_path_factory):
 
 @shared
 def test_the_real_benchmarks_come_out_whole_and_load_in_bcr(tmp_path):
-    """Problems or golds that change or get lost on the way from the published files to bcr.py."""
+    """Problems or golds change or are lost between the published files and bcr.py."""
     done = prepare("--from", SHARED, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "deepmath: not in" in done.stdout  # there is no copy of it: said, not passed over in silence
+    assert "deepmath: not in" in done.stdout  # there is no copy of it
     assert prepare("aime24", "gsm8k", "--from", SHARED, "--out", tmp_path).returncode == 0
     counts = {"aime25": 30, "amc23": 40, "minerva": 272, "math500": 500, "olympiadbench": 675, "aime24": 30,
               "gsm8k_train": 7473, "gsm8k_test": 1319}
@@ -116,17 +112,18 @@ def test_the_real_benchmarks_come_out_whole_and_load_in_bcr(tmp_path):
         for before, row in zip(raw, rows):
             assert list(row) == FIELDS and row["source"] == name.split("_")[0] and row["id"] == before["id"]
             assert row["problem"] == before["problem"].strip() and "$$" not in row["answer"]
-            assert answers_equal(row["answer"], before["answer"]) and answers_equal(before["answer"], row["answer"])
+            assert answers_equal(row["answer"], before["answer"])
+            assert answers_equal(before["answer"], row["answer"])
             assert row["difficulty"] == before.get("level", 0)
 
 
 def test_the_shapes_of_the_hub_become_one_schema(raw):
-    """A gold that keeps the form of its source (27.0, a list, dollars), or that is read from the wrong column."""
+    """A gold keeps the form of its source (27.0, a list, dollars) or comes from the wrong column."""
     folder, out, _, done = raw
     first = {name: made(out / f"{name}.jsonl") for name in SIX}
     assert all(list(row) == FIELDS for rows in first.values() for row in rows)
-    assert first["amc23"][27] == {"id": "amc23/27", "problem": "AMC problem 27", "answer": "27", "difficulty": 0,
-                                  "source": "amc23"}
+    assert first["amc23"][27] == {
+        "id": "amc23/27", "problem": "AMC problem 27", "answer": "27", "difficulty": 0, "source": "amc23"}
     assert first["minerva"][3]["answer"] == "3.5e33" and first["minerva"][3]["id"] == "minerva/3"
     assert first["math500"][8] == {"id": "math500/test/algebra/8.json", "problem": "MATH problem 8",
                                    "answer": r"\frac{8}{7}", "difficulty": 4, "source": "math500"}
@@ -136,24 +133,25 @@ def test_the_shapes_of_the_hub_become_one_schema(raw):
     assert olympiad[1]["problem"] == "Let $T=5$.\nOlympiad problem 1" and olympiad[1]["difficulty"] == 0
     table = done.stdout[done.stdout.index("file "):]
     assert re.search(rf"deepmath\.jsonl +103,019 +MIT +{re.escape(str(folder))}", table)
-    for file, count, licence in (("minerva", 272, "CC BY-NC-SA 4.0"), ("amc23", 40, "MAA"), ("math500", 500, "MIT")):
-        assert re.search(rf"{file}\.jsonl +{count} +{licence}.* kept", table)
+    for expected in ("minerva.jsonl +272 +CC BY-NC-SA 4.0", "amc23.jsonl +40 +MAA", "math500.jsonl +500 +MIT"):
+        assert re.search(f"{expected}.* kept", table)
 
 
 def test_deepmath_is_kept_apart_from_the_benchmarks_and_says_what_it_leaves_out(raw):
-    """Training on a test problem; ids that move when a problem is left out; a problem lost in silence."""
+    """The model is trained on test problems, ids change if a problem is left out, or that is not reported."""
     _, out, _, done = raw
     rows = made(out / "deepmath.jsonl")
     assert "103,019 problems; left out: 1 found in a benchmark" in done.stdout
     assert "1 without a gold answer that can be read" in done.stdout and "1 without a text" in done.stdout
-    assert [row["id"] for row in rows[:5]] == [f"deepmath/{i}" for i in (0, 1, 2, 4, 7)] and len(rows) == DEEPMATH - 3
-    assert rows[2]["answer"] == r"\frac{2}{7}" and rows[2]["difficulty"] == 1.5 and rows[4]["difficulty"] == -1
+    assert [row["id"] for row in rows[:5]] == [f"deepmath/{i}" for i in (0, 1, 2, 4, 7)]
+    assert len(rows) == DEEPMATH - 3 and rows[2]["answer"] == r"\frac{2}{7}"
+    assert rows[2]["difficulty"] == 1.5 and rows[4]["difficulty"] == -1
     assert list(rows[0]) == FIELDS and rows[0]["source"] == "deepmath"
 
 
 def test_golds_inside_solutions_are_found(tmp_path):
-    """AIME 2024 and GSM8K name their gold only at the end of a solution, Minerva's first form in its last box."""
-    minerva = [{"problem": f"Minerva {i}", "solution": f"Not \\boxed{{1}} but $\\boxed{{\\frac{{{i}}}{{3}}}}$."}
+    """Golds at the end of a solution (AIME 2024, GSM8K, Minerva's first form) are missed."""
+    minerva = [{"problem": f"Minerva {i}", "solution": rf"Not \boxed{{1}} but $\boxed{{\frac{{{i}}}{{3}}}}$."}
                for i in range(272)]
     write_rows(tmp_path / "minerva.jsonl", minerva)
     (tmp_path / "aime24.json").write_text(json.dumps(raw_rows("aime24"), indent=1))  # a list, not lines
@@ -168,27 +166,28 @@ def test_golds_inside_solutions_are_found(tmp_path):
 
 
 def test_escapes_that_json_swallowed_come_back(tmp_path):
-    """Copies of AIME 2025 where \\frac became a form feed: a model would read "rac{m}{n}"."""
+    """A copy of AIME 2025 has a form feed in place of the \\f of \\frac, and the model reads "rac{m}{n}"."""
     rows = raw_rows("aime25")
-    rows[17]["problem"] = "\\prod \frac{a}{b} in \triangle ABC, \times\theta"  # as Python reads it, not as LaTeX
+    rows[17]["problem"] = "\\prod \frac{a}{b} in \triangle ABC, \times\theta"  # Python's escapes, not LaTeX
     write_rows(tmp_path / "aime25.jsonl", rows)
     assert prepare("aime25", "--from", tmp_path, "--out", tmp_path / "out").returncode == 0
-    assert made(tmp_path / "out" / "aime25.jsonl")[17]["problem"] == r"\prod \frac{a}{b} in \triangle ABC, \times\theta"
+    problem = made(tmp_path / "out" / "aime25.jsonl")[17]["problem"]
+    assert problem == r"\prod \frac{a}{b} in \triangle ABC, \times\theta"
 
 
 # ----------------------------------------------------------------------------------------------
-# Going on, and harm to files
+# Interrupted runs and damaged files
 
 
-def test_finished_files_are_kept_and_others_made_anew(tmp_path):
-    """Work done twice; or a truncated, changed or foreign file that passes for a benchmark."""
+def test_finished_files_are_kept_and_others_are_written_again(tmp_path):
+    """Files are written twice, or a truncated, changed or foreign file counts as a benchmark."""
     write_rows(tmp_path / "aime25.jsonl", raw_rows("aime25"))
     path = tmp_path / "out" / "aime25.jsonl"
     run = partial(prepare, "aime25", "--from", tmp_path, "--out", path.parent)
     run()
     good, before = path.read_bytes(), path.stat()
-    assert "valid, and kept" in run().stdout and path.stat().st_mtime_ns == before.st_mtime_ns
-    assert "valid, and kept" not in run("--force").stdout and path.stat().st_mtime_ns != before.st_mtime_ns
+    assert "valid, and is kept" in run().stdout and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert "valid, and is kept" not in run("--force").stdout and path.stat().st_mtime_ns != before.st_mtime_ns
     assert path.read_bytes() == good
     lines = good.splitlines(keepends=True)
     for damaged in (good[:-9], b"".join(lines[:-1]), lines[0] + good[: -len(lines[-1])], b"",
@@ -197,29 +196,29 @@ def test_finished_files_are_kept_and_others_made_anew(tmp_path):
         assert damaged != good
         path.write_bytes(damaged)
         done = run()
-        assert done.returncode == 0 and "made anew" in done.stdout and path.read_bytes() == good
+        assert done.returncode == 0 and "written again" in done.stdout and path.read_bytes() == good
 
 
 def test_a_deepmath_file_with_a_benchmarks_problem_is_not_kept(raw):
-    """A DeepMath file of an earlier run kept, though it holds a problem of a benchmark made since."""
+    """A DeepMath file of an earlier run is kept, although it has a problem of a later benchmark file."""
     _, out, _, done = raw
-    assert "deepmath.jsonl is not whole, not valid or not apart from the benchmarks, and made anew" in done.stdout
+    assert re.search("deepmath.jsonl is .* shares problems with a benchmark: written again", done.stdout)
     assert "Another DeepMath problem" not in (out / "deepmath.jsonl").read_text()
 
 
-def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(raw):
-    """Half a training set that later passes for a whole one; finished files made a second time."""
+def test_a_killed_run_leaves_no_partial_file_and_the_next_one_continues(raw):
+    """A part of the training set counts as all of it, or finished files are written again."""
     _, out, between, done = raw
     assert set(between) == {f"{name}.jsonl" for name in SIX[:5]} | {"deepmath.jsonl.tmp"}
     assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in SIX}
     for name in SIX[:5]:
-        assert f"{name}.jsonl is whole and valid, and kept" in done.stdout
+        assert f"{name}.jsonl is complete and valid, and is kept" in done.stdout
         assert (out / f"{name}.jsonl").stat().st_mtime_ns == between[f"{name}.jsonl"].st_mtime_ns
 
 
 @pytest.mark.parametrize("accident", ["a full disk", "a bad gold", "a missing row"])
 def test_a_failing_run_does_not_damage_what_is_there(tmp_path, accident):
-    """A good file lost because the next one failed, whether in its contents or while writing."""
+    """A good file is lost because its new version is wrong or cannot be written."""
     rows = raw_rows("math500")
     write_rows(tmp_path / "math500.jsonl", rows)
     run = partial(prepare, "math500", "--force", "--from", tmp_path, "--out", tmp_path / "out")
@@ -228,17 +227,17 @@ def test_a_failing_run_does_not_damage_what_is_there(tmp_path, accident):
     if accident == "a bad gold":
         rows[400]["answer"] = rows[400]["solution"] = "  "
     write_rows(tmp_path / "math500.jsonl", rows[1:] if accident == "a missing row" else rows)
-    full = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))) if accident == "a full disk" else None
-    done = run(preexec_fn=full)
-    expected = {"a full disk": "cannot write", "a missing row": "has 499 problems, but math500 has 500",
-                "a bad gold": "without a gold answer that can be read: math500/test/algebra/400.json"}[accident]
-    check_error(done, expected)
+    limit = 20000 if accident == "a full disk" else resource.RLIM_INFINITY
+    done = run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    check_error(done, {
+        "a full disk": "cannot write", "a missing row": "has 499 problems, but math500 has 500",
+        "a bad gold": "without a gold answer that can be read: math500/test/algebra/400.json"}[accident])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["math500.jsonl"]
     assert (tmp_path / "out" / "math500.jsonl").read_bytes() == good
 
 
 # ----------------------------------------------------------------------------------------------
-# Mistakes of the user
+# Errors that a user can fix
 
 
 def check_error(done, *parts):
@@ -248,7 +247,7 @@ def check_error(done, *parts):
 
 
 def test_user_errors_are_one_sentence(tmp_path):
-    """A traceback, or a message that does not name what to mend."""
+    """A traceback, or a message that does not name what to fix."""
     out = ("--out", tmp_path / "out")
     run = partial(prepare, "--from", tmp_path, *out)
     check_error(prepare("aime25", "aime52", *out), "'aime52'", "aime25, amc23, minerva", "deepmath")
@@ -258,7 +257,7 @@ def test_user_errors_are_one_sentence(tmp_path):
     rows = raw_rows("aime25")
     write_rows(tmp_path / "aime25.jsonl", rows)
     check_error(run("aime25", "amc23"), "has no amc23.jsonl")  # before anything is made
-    check_error(prepare("aime25", "--from", tmp_path, "--out", tmp_path / "aime25.jsonl"), "cannot make the directory")
+    check_error(prepare("aime25", "--from", tmp_path, "--out", tmp_path / "aime25.jsonl"), "cannot make")
     bad = {
         "aime25.jsonl, line 3: not valid JSON": [json.dumps(row) for row in rows[:2]] + ['{"problem": '],
         "aime25.jsonl: entry 2 is not a JSON object": [json.dumps(rows[0]), "7"],
@@ -276,14 +275,14 @@ def test_user_errors_are_one_sentence(tmp_path):
 
 
 def test_a_deepmath_file_of_other_columns_is_refused(tmp_path):
-    """A hundred thousand problems left out one by one, and an empty training set at the end."""
+    """A hundred thousand problems are left out one by one, and the training set is empty."""
     write_rows(tmp_path / "deepmath.jsonl", [{"prompt": "What is 1 + 1?", "final_answer": "2"}] * DEEPMATH)
     done = prepare("deepmath", "--from", tmp_path, "--out", tmp_path / "out")
-    check_error(done, "too many problems to leave out", "without a text", "of the columns prompt, final_answer")
+    check_error(done, "too many problems to leave out", "without a text", "columns prompt, final_answer")
 
 
 def test_without_datasets_or_without_a_network_one_sentence_says_so(tmp_path):
-    """An ImportError's or a library's traceback, where the way out is pip install or --from."""
+    """A library's traceback, without a hint of pip install or --from."""
     (tmp_path / "stub").mkdir()
     env = {"PYTHONPATH": str(tmp_path / "stub")}
     for package in ("datasets", "pyarrow"):
@@ -292,8 +291,8 @@ def test_without_datasets_or_without_a_network_one_sentence_says_so(tmp_path):
     (tmp_path / "aime25.parquet").write_bytes(b"PAR1")
     check_error(prepare("aime25", "--from", tmp_path, "--out", tmp_path, env=env), "pip install datasets")
     (tmp_path / "stub" / "datasets.py").write_text(
-        "def load_dataset(*args, **kwargs):\n    raise ConnectionError('no route to the Hub\\nsecond line')\n")
-    check_error(prepare("aime25", "--out", tmp_path, env=env), "math-ai/aime25", "no route to the Hub", "--from DIR")
+        "def load_dataset(*args, **kwargs):\n    raise ConnectionError('no route\\nsecond line')\n")
+    check_error(prepare("aime25", "--out", tmp_path, env=env), "math-ai/aime25", "no route", "--from DIR")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -308,7 +307,7 @@ def write_parquet(path, rows):
 
 
 def test_local_parquet_gives_the_same_files(raw, tmp_path):
-    """Files downloaded by hand, one or several in a folder, that read differently from JSON lines."""
+    """Parquet files, one or several in a folder, give other problems than JSON lines."""
     pytest.importorskip("datasets")
     rows = raw_rows("math500")
     write_parquet(tmp_path / "math500" / "test-00000-of-00002.parquet", rows[:300])
@@ -320,12 +319,12 @@ def test_local_parquet_gives_the_same_files(raw, tmp_path):
     for name in SIX[:5]:
         assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (raw[1] / f"{name}.jsonl").read_bytes()
     (tmp_path / "aime24.parquet").write_bytes(b"PAR1 this is none")
-    check_error(prepare("aime24", "--from", tmp_path, "--out", tmp_path / "out"), "cannot read", "aime24.parquet")
+    done = prepare("aime24", "--from", tmp_path, "--out", tmp_path / "out")
+    check_error(done, "cannot read", "aime24.parquet")
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as `datasets` asks for: a repository's revision, its tree and its files, which
-    lie in the folder `root`."""
+    """The part of the Hub that `datasets` uses: revisions, trees and files of repositories in folder `root`."""
     root = None
 
     def do_GET(self):
@@ -338,12 +337,14 @@ class Hub(BaseHTTPRequestHandler):
             if not (base / repo[3]).is_file():
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             data = (base / repo[3]).read_bytes()
-            return self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit})
-        content = {"id": repo[1], "sha": commit, "private": False, "disabled": False, "gated": False, "tags": [],
-                   "downloads": 0, "likes": 0, "siblings": []}
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            return self.answer(200, data, {"ETag": etag, "X-Repo-Commit": commit})
+        content = {"id": repo[1], "sha": commit, "private": False, "disabled": False, "gated": False,
+                   "tags": [], "downloads": 0, "likes": 0, "siblings": []}
         if repo[2] == "tree":
-            content = [{"type": "directory" if p.is_dir() else "file", "oid": "b" * 40, "size": p.stat().st_size,
-                        "path": str(p.relative_to(base))} for p in sorted((base / repo[3]).glob("*"))]
+            content = [{"type": "directory" if p.is_dir() else "file", "oid": "b" * 40,
+                        "size": p.stat().st_size, "path": str(p.relative_to(base))}
+                       for p in sorted((base / repo[3]).glob("*"))]
             if not content:
                 return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -363,15 +364,16 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def card(split, path, config="default"):
-    return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}\n---\n"
+    return (f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n"
+            f"    path: {path}\n---\n")
 
 
 def test_the_hub_gives_the_same_files(raw, tmp_path):
-    """A wrong repository, configuration, split or column: what `datasets` loads differs from the same rows on disk."""
+    """The repository, configuration, split or column is wrong, and the Hub gives other problems."""
     pytest.importorskip("datasets")
     Hub.root = hub = tmp_path / "hub"
-    lines = {"aime25": "math-ai/aime25", "minerva": "math-ai/minervamath", "math500": "HuggingFaceH4/MATH-500"}
-    for name, repo in lines.items():
+    for name, repo in {"aime25": "math-ai/aime25", "minerva": "math-ai/minervamath",
+                       "math500": "HuggingFaceH4/MATH-500"}.items():
         write_rows(hub / repo / "test.jsonl", raw_rows(name))
         (hub / repo / "README.md").write_text(card("test", "test*"))
     write_parquet(hub / "math-ai/amc23/test-00000-of-00001.parquet", raw_rows("amc23"))
@@ -394,4 +396,4 @@ def test_the_hub_gives_the_same_files(raw, tmp_path):
         server.shutdown()
         server.server_close()
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    check_error(prepare("aime24", "--out", tmp_path / "out", env=env), "cannot load math-ai/aime24", "--from DIR")
+    check_error(prepare("aime24", "--out", tmp_path / "out", env=env), "math-ai/aime24", "--from DIR")

@@ -1,18 +1,17 @@
 """
-The tiny world: small arithmetic problems, worked solutions that check themselves far too often,
-and a small model that learned to write them.
+The tiny world: small arithmetic problems, worked solutions that check themselves far too often, and a small
+model trained on them.
 
-    python data/tiny/make.py                 makes everything beside this file anew, from a seed
+    python data/tiny/make.py                 makes every file next to this script from a seed
                                              (about an hour on two cores)
     python data/tiny/make.py --measure       measures the shipped base model (see `measure`)
 
-What makes the world a fair test of BCR is written at `write_solution`: the loops cost tokens and
-nothing else, so that no method which looks at correctness alone has a reason to shorten them.
+What makes the world a fair test of BCR is explained at `write_solution`: redundant checks cost tokens and
+nothing else, so a method that rewards correctness alone has no reason to shorten solutions.
 """
 
 import argparse
 import itertools
-import json
 import random
 import sys
 import time
@@ -28,23 +27,25 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from bcr import batch_prompt, check, decode, encode_chat, load_chat, load_problems  # noqa: E402
-from model import Config, Transformer  # noqa: E402
+from data.chat import decode, encode_chat, load_chat  # noqa: E402
+from data.problems import answer_section, batch_prompt, load_problems, write_lines  # noqa: E402
+from model import Config, Transformer, write_json  # noqa: E402
+from reward import score  # noqa: E402
 from rollout import generate  # noqa: E402
 
 MODEL = HERE / "model"
 KINDS = ("sum", "story", "fraction")
 STEPS = (2, 3, 4)  # operations in a problem: its difficulty
-LARGEST, OPERAND = 30, 12  # running totals lie in 0..LARGEST, what is added or taken in 1..OPERAND
+LARGEST, OPERAND = 30, 12  # running totals are in 0..LARGEST, operands in 1..OPERAND
 
 # ----------------------------------------------------------------------------------------------
 # Problems: a start, then a chain of + and -
 
 
 def make_problem(rng, kind=None, steps=None):
-    """A problem {"problem", "answer", "difficulty", "kind"} with its hidden "chain": (start,
-    [(sign, operand), ...], denominator or None). The operands of a chain differ from each other:
-    what comes after `+ 5` can be found by looking for the 5."""
+    """A problem {"problem", "answer", "difficulty", "kind"} with its hidden "chain": (start, [(sign,
+    operand), ...], denominator or None). The operands of a chain differ, so the step after `+ 5` can be found
+    by looking for the 5."""
     kind, steps = kind or rng.choice(KINDS), steps or rng.choice(STEPS)
     total = start = rng.randint(1, LARGEST // 2)
     chain = []
@@ -77,12 +78,13 @@ def new_problem(rng, known):
 
 
 def make_problems(rng, count, known, source):
-    """`count` problems, as different from each other as from `known`, which grows by them."""
+    """`count` problems that differ from each other and from the set `known`, which they are added to."""
     problems = []
     for number in range(count):
         problem = new_problem(rng, known)
         known.add(problem["problem"])
-        problems.append({"id": f"tiny/{source}/{number}", **{k: v for k, v in problem.items() if k != "chain"}})
+        del problem["chain"]
+        problems.append({"id": f"tiny/{source}/{number}", **problem})
     return problems
 
 
@@ -95,20 +97,19 @@ def expression(start, chain, after=""):
 
 
 def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.006, redo=0.4):
-    """One worked solution: the text between the header `### Problem i` and `Answer i:`, and the
-    number that goes into the box.
+    """One worked solution: (work, answer), where `work` is the text between the header and the answer's line.
 
-    A share `direct` has no steps at all: there is something to fall into for a method that rewards
-    shortness alone. A share `plain` has steps and no checks. All others check each step 0, 1 or 2
-    times, and a share `redo` of those does the whole chain again.
+    A share `direct` has no steps: a method that rewards shortness alone can exploit them. A share `plain` has
+    steps and no checks. All others check each step 0, 1 or 2 times, and a share `redo` of those repeats the
+    complete chain.
 
-    A share `slip` of the steps is written wrong. The first check that follows finds it and mends
-    it; where none follows the answer is wrong. So checks have a purpose, a long solution is at
-    least as often right as a short one, and correctness alone gives no reason to drop them."""
+    A share `slip` of the steps is wrong. The first check that follows finds and corrects it; without a check
+    the answer is wrong. So checks have a purpose, a long solution is right at least as often as a short one,
+    and correctness alone gives no reason to drop checks."""
     start, chain, denominator = problem["chain"]
     true = start + sum(sign * operand for sign, operand in chain)
     if rng.random() < direct:
-        return "", boxed(true, denominator)
+        return "", answer_text(true, denominator)
     checks = rng.random() >= plain
     parts = []
     if rng.random() < restate:
@@ -118,13 +119,15 @@ def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.0
         before, right = total, total + sign * operand
         total = right
         if rng.random() < slip:
-            total = rng.choice([v for v in (right - 2, right - 1, right + 1, right + 2) if v >= min(0, right)])
+            near = (right - 2, right - 1, right + 1, right + 2)
+            total = rng.choice([value for value in near if value >= min(0, right)])
         parts.append(f"{step(before, sign, operand)} = {total}.")
         for _ in range(rng.choices((0, 1, 2), (0.2, 0.45, 0.35))[0] if checks else 0):
             if rng.random() < 0.6 and total - sign * operand >= 0:
                 found = total - sign * operand
                 text = f"Wait, check: {step(total, -sign, operand)} = {found}, "
-                text += "ok." if total == right else f"not {before}. So {step(before, sign, operand)} = {right}."
+                correction = f"not {before}. So {step(before, sign, operand)} = {right}."
+                text += "ok." if total == right else correction
             else:
                 text = f"Wait, is it {total}? {step(before, sign, operand)} = {right}, "
                 text += "yes." if total == right else f"so no, it is {right}."
@@ -136,24 +139,21 @@ def write_solution(rng, problem, restate=0.4, plain=0.16, direct=0.008, slip=0.0
         for sign, operand in chain:
             parts.append(f"{step(total, sign, operand)} = {total + sign * operand}.")
             total += sign * operand
-    return " ".join(parts) + "\n", boxed(total, denominator)
+    return " ".join(parts) + "\n", answer_text(total, denominator)
 
 
 def step(total, sign, operand):
     return f"{total} {'+' if sign > 0 else '-'} {operand}"
 
 
-def boxed(total, denominator):
-    return f"\\boxed{{{total}}}" if denominator is None else f"\\boxed{{\\frac{{{total}}}{{{denominator}}}}}"
+def answer_text(total, denominator):
+    return f"{total}" if denominator is None else f"\\frac{{{total}}}{{{denominator}}}"
 
 
 def write_completion(rng, problems):
     """The completion for a prompt with these problems, in the format that the prompt asks for."""
-    sections = []
-    for i, problem in enumerate(problems, start=1):
-        work, box = write_solution(rng, problem)
-        sections.append(f"### Problem {i}\n{work}Answer {i}: {box}")
-    return "\n\n".join(sections)
+    solutions = [write_solution(rng, problem) for problem in problems]
+    return "\n\n".join(answer_section(i, *solution) for i, solution in enumerate(solutions, start=1))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -169,8 +169,8 @@ VOCABULARY = 576
 
 
 def train_tokenizer(rng):
-    """Byte-level BPE on the world's own text. Numbers, words and line breaks are cut apart first,
-    so that each number of this world is one token, and each word with its space."""
+    """Byte-level BPE on the world's own text. Numbers, words and line breaks are split first, so that each
+    number is one token, and so is each word with its space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\n+| ?\d+| ?[^\d\s]+|\s+"), behavior="isolated"),
@@ -180,7 +180,7 @@ def train_tokenizer(rng):
     texts = [f"{space}{number}" for number in range(100) for space in ("", " ")] * 2000
     for _ in range(4000):
         problems = [make_problem(rng) for _ in range(rng.choice((1, 2, 4, 8)))]
-        texts += [batch_prompt([p["problem"] for p in problems]), write_completion(rng, problems)]
+        texts += [batch_prompt(problems), write_completion(rng, problems)]
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -188,7 +188,7 @@ def train_tokenizer(rng):
 
 
 def write_model_files(tokenizer):
-    """Everything that a Hugging Face directory holds beside the weights."""
+    """Writes every file of a Hugging Face directory except the weights. Returns its config.json."""
     MODEL.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(MODEL / "tokenizer.json"))
     end = tokenizer.token_to_id("<|end|>")
@@ -206,16 +206,12 @@ def write_model_files(tokenizer):
     }
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
 # ----------------------------------------------------------------------------------------------
 # Pretraining
 
-# Rounds of training: tokens (prompts and padding included), peak learning rate, the first part with
-# one problem a document (what a step is shows soonest there), the last part in which the learning
-# rate falls to nothing (so that facts settle), and after the first part N: its share of documents.
+# Rounds of training: tokens (with prompts and padding), peak learning rate, the share at the start with one
+# problem per document (where steps are learned fastest), the share at the end in which the learning rate
+# falls to 0 (so that facts settle), and the distribution of N after the beginning.
 ROUNDS = (
     dict(tokens=16e6, peak=3e-3, alone=0.3, decay=0.6,
          ns={1: 0.4, 2: 0.22, 3: 0.1, 4: 0.14, 5: 0.03, 6: 0.04, 7: 0.02, 8: 0.05}),
@@ -228,19 +224,19 @@ TOKENS_A_BATCH = 4096
 
 
 def documents(rng, chat, count, heldout, ns):
-    """`count` documents as (prompt ids, completion ids with <|end|>), none with a held-out problem."""
+    """`count` documents as (prompt ids, completion ids with <|end|>), without held-out problems."""
     prompts, completions = [], []
     for n in rng.choices(list(ns), ns.values(), k=count):
         problems = [new_problem(rng, heldout) for _ in range(n)]
-        prompts.append(batch_prompt([p["problem"] for p in problems]))
+        prompts.append(batch_prompt(problems))
         completions.append(write_completion(rng, problems) + "<|end|>")
     ids = chat.tokenizer.encode_batch(completions, add_special_tokens=False)
     return [(encode_chat(chat, prompt), c.ids) for prompt, c in zip(prompts, ids)]
 
 
 def batches(rng, chat, heldout, ns):
-    """Endless batches (tokens (B, T), mask (B, T): which tokens to predict), about TOKENS_A_BATCH
-    tokens each: documents of about the same length side by side, so that little is padding."""
+    """Endless batches (tokens (B, T), mask (B, T): which tokens to predict) of about TOKENS_A_BATCH tokens.
+    Documents of similar length share a batch, so that little is padding."""
     while True:
         pool = sorted(documents(rng, chat, 2048, heldout, ns), key=lambda d: len(d[0]) + len(d[1]))
         cut, groups = [], []
@@ -252,7 +248,8 @@ def batches(rng, chat, heldout, ns):
         rng.shuffle(groups)
         for group in groups:
             longest = max(len(p) + len(c) for p, c in group)
-            tokens, mask = torch.zeros(len(group), longest, dtype=torch.long), torch.zeros(len(group), longest)
+            tokens = torch.zeros(len(group), longest, dtype=torch.long)
+            mask = torch.zeros(len(group), longest)
             for row, (prompt, completion) in enumerate(group):
                 end = len(prompt) + len(completion)
                 tokens[row, :end] = torch.tensor(prompt + completion)
@@ -270,7 +267,7 @@ def new_model(hf, seed):
 
 
 def pretrain(model, chat, heldout, rng, tokens, peak, alone, decay, ns):
-    """One round, with an AdamW of its own: the model learns to predict the completions."""
+    """One round with a new AdamW: the model learns to predict the completions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     seen, started, recent = 0, time.time(), 0.0
     bar = tqdm(total=tokens, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
@@ -290,37 +287,38 @@ def pretrain(model, chat, heldout, rng, tokens, peak, alone, decay, ns):
         bar.update(batch.numel())
         recent = 0.98 * recent + 0.02 * loss.item() if count else loss.item()
         if count % 100 == 0 and bar.disable:
-            print(f"{seen / 1e6:6.1f}M tokens  loss {recent:.4f}  {seen / (time.time() - started):.0f} tok/s", flush=True)
+            rate = seen / (time.time() - started)
+            print(f"{seen / 1e6:6.1f}M tokens  loss {recent:.4f}  {rate:.0f} tok/s", flush=True)
         if seen >= tokens:
             break
     bar.close()
 
 
 # ----------------------------------------------------------------------------------------------
-# What the world must be like, measured
+# Measurements
 
 
 def measure(path, count):
-    """Two facts about a model of this world that decide whether it is a fair test, at N = 1 and
-    temperature 1, with a budget that cuts no one:
+    """Prints two facts about a model of this world that decide whether it is a fair test, at N = 1,
+    temperature 1 and a budget large enough to avoid truncation:
 
-    - Are long solutions as often right as short ones? Solutions with steps are compared with
-      others for problems of the same number of steps: the longer half against the shorter half.
-      If the shorter ones were more often right, plain GRPO would shorten them, and so prove
-      nothing about BCR.
-    - Do steps matter? The model is made to answer at once: how often is that right, and how often
-      does it do so by itself?"""
+    - Are long solutions right as often as short ones? Among problems with the same number of steps, the
+      longer half of the solutions is compared with the shorter half. If short ones were right more often,
+      plain GRPO would shorten them, and the comparison with BCR would prove nothing.
+    - Do steps matter? The model is forced to answer without steps: how often is it right, and how often does
+      it answer without steps on its own?"""
     model, chat = Transformer.from_pretrained(path), load_chat(path)
     problems = load_problems(HERE / "heldout.jsonl")
     problems = (problems * (count // len(problems) + 1))[:count]
-    prompts = [encode_chat(chat, batch_prompt([p["problem"]])) for p in problems]
+    prompts = [encode_chat(chat, batch_prompt([problem])) for problem in problems]
 
     def answer(opening, budget):
         """Completions that begin with `opening`: their texts, lengths, and which are right."""
-        begun = [prompt + chat.tokenizer.encode(opening, add_special_tokens=False).ids for prompt in prompts]
-        rollout = generate(model, begun, 1, budget, eos_ids=chat.eos_ids, seed=1)
-        texts = [opening + text for text in decode(chat, [r[:l].tolist() for r, l in zip(rollout.tokens, rollout.lengths)])]
-        return texts, rollout.lengths.numpy(), check(texts, [[p["answer"]] for p in problems])[:, 0]
+        opened = [prompt + chat.tokenizer.encode(opening, add_special_tokens=False).ids for prompt in prompts]
+        completions = generate(model, opened, 1, budget, eos_ids=chat.eos_ids, seed=1)
+        texts = [opening + text for text in decode(chat, [c.tokens for c in completions])]
+        right = [score(text, [problem["answer"]])[0] for text, problem in zip(texts, problems)]
+        return texts, np.array([len(c.tokens) for c in completions]), np.array(right)
 
     texts, lengths, right = answer("", 1024)
     with_steps = np.array([" = " in text for text in texts])
@@ -333,10 +331,11 @@ def measure(path, count):
         halves["longer"] += list(rows[(len(rows) + 1) // 2:])
     print(f"{count} problems, N = 1: {right.mean():.2%} right, {lengths.mean():.1f} tokens")
     for name, rows in halves.items():
-        print(f"  {name} half of the solutions with steps: {right[rows].mean():.2%} right, {lengths[rows].mean():.1f} tokens")
-    print(f"  answers without steps by itself: {1 - with_steps.mean():.2%} of all")
+        print(f"  {name} half of the solutions with steps: {right[rows].mean():.2%} right, "
+              f"{lengths[rows].mean():.1f} tokens")
+    print(f"  answers without steps on its own: {1 - with_steps.mean():.2%} of all")
     _, _, right = answer("### Problem 1\nAnswer 1:", 24)
-    print(f"  made to answer without steps: {right.mean():.2%} right")
+    print(f"  forced to answer without steps: {right.mean():.2%} right")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -346,13 +345,13 @@ def make(seed):
     known = set()
     for name, count in (("heldout", 2000), ("train", 6000)):
         problems = make_problems(random.Random(f"{seed} {name}"), count, known, name)
-        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        write_lines(HERE / f"{name}.jsonl", problems)
         if name == "heldout":
             heldout = frozenset(known)
     hf = write_model_files(train_tokenizer(random.Random(f"{seed} tokenizer")))
     chat, model = load_chat(MODEL), new_model(hf, seed)
     for number, plan in enumerate(ROUNDS):
-        # The first round's order of documents goes by the seed itself, later ones by seed and number.
+        # The first round's documents are seeded by the seed itself, later ones by seed and number.
         pretrain(model, chat, heldout, random.Random(f"{seed} round {number}" if number else seed), **plan)
         model.save_pretrained(MODEL)
 
@@ -360,8 +359,10 @@ def make(seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", nargs="?", const=str(MODEL), metavar="DIR", help="measure the model in DIR (default: the shipped one)")
-    parser.add_argument("--count", type=int, default=8000, help="problems to measure on, the held-out ones several times over")
+    parser.add_argument("--measure", nargs="?", const=str(MODEL), metavar="DIR",
+                        help="measure the model in DIR (default: the shipped one)")
+    parser.add_argument("--count", type=int, default=8000,
+                        help="problems to measure on; the held-out ones are repeated")
     s = parser.parse_args()
     if s.measure:
         measure(s.measure, s.count)
