@@ -1,25 +1,26 @@
 """
-The study: each claim of the paper tried in the tiny world, with controls, five seeds for each arm and intervals.
+The study: each claim of the paper tried in the tiny world, with controls, five seeds per arm and intervals.
 
-    python tests/study.py                      runs what is missing, two runs at a time, then the report
-    python tests/study.py --arms bcr-n4,cap-n1 --seeds 2       some of the arms, some of the seeds
-    python tests/study.py --report             only the report, of what is there
+    python data/study/study.py                                  all missing runs, then the report
+    python data/study/study.py --arms bcr-n4,cap-n1 --seeds 2   some of the arms, some of the seeds
+    python data/study/study.py --report                         only the report
 
-An arm is a line of flags of bcr.py, which does all the training and evaluating; nothing is trained here. All arms
-see the same number of problems a step, of the same sequence at the same N, for the same number of steps. A run is
-one arm and one seed: it is trained, then evaluated by `bcr.py --steps 0`, each into a directory of its own under
---out. What was stopped goes on where it was; what is finished is not run again.
+An arm is a set of flags of bcr.py (togo-n4: of credit_togo.py), which does all the training. All arms see the
+same number of problems per step and train for the same number of steps. A run is one arm with one seed: it is
+trained, then evaluated by evaluate.py, each in a directory of its own under --out. Runs that were stopped are
+resumed, and finished runs are not repeated.
 
-The report: report.txt (tables), results.json (each seed's value), examples.txt (the same problems, several arms) and
-figures (where matplotlib is installed).
+The report: report.txt (tables), results.json (the values of each seed), examples.txt (the same problems
+answered by several arms) and figures (if matplotlib is installed).
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -28,57 +29,61 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "data/tiny")]
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
 
 import bcr  # noqa: E402
+from data.chat import decode, encode_chat  # noqa: E402
+from data.problems import batch_prompt, draw_groups, load_problems, write_lines  # noqa: E402
+from data.study import credit_togo  # noqa: E402
+from data.tiny import make  # noqa: E402
+from evaluate import count_waits, load_model, student95  # noqa: E402
+from model import read_json, write_json, write_text  # noqa: E402
+from reward import find_headers, score  # noqa: E402
+from rollout import generate  # noqa: E402
 
-PROBLEMS = 24  # a step, in every arm: --groups is this / N
+PROBLEMS = 24  # in a step, in every arm: --groups is this / N
 STEPS, LR = 20, 3e-4
-NS = (1, 2, 3, 4, 6, 8)  # of the task-scaling law
+NS = (1, 2, 3, 4, 6, 8)  # for the task-scaling law
 EVALUATED = 240  # held-out problems
-SHARED = 150  # the one budget under which all N are compared: that of BCR at N = 4, 37.5 a problem
-STRENGTHS = (0.25, 0.5, 1, 2, 4)  # of the explicit penalty, in rewards a full budget
-
-
-def arm(n, budget, **flags):
-    """The flags of an arm that trains at N (a number, or several with commas) with that budget (likewise)."""
-    return {"n": n, "budget": budget, **flags}
+SHARED = 150  # the budget under which all N are compared: that of BCR at N = 4, 37.5 per problem
+STRENGTHS = (0.25, 0.5, 1, 2, 4)  # of the explicit penalty: what a completion that fills the budget loses
 
 
 def groups(n, problems):
-    """Prompts a step that hold about that many problems, on average where N takes turns."""
+    """Prompts per step that hold about that many problems, on average if several N take turns."""
     ns = [int(part) for part in str(n).split(",")]
     return round(problems * len(ns) / sum(ns))
 
 
-ARMS = {
+ARMS = {  # flags of bcr.py
     "base": {},
-    "bcr-n2": arm(2, 75), "bcr-n3": arm(3, 112), "bcr-n4": arm(4, 150), "bcr-n8": arm(8, 300),  # 37.5 tokens a problem
-    "bcr-n4-tight": arm(4, 100), "bcr-n4-loose": arm(4, 220),
-    "bcr-mixed": arm("2,4,8", "75,150,300"),
-    "rl-n1": arm(1, 512),  # does RL alone shorten?
-    "cap-n1": arm(1, 38), "cap-n1-tight": arm(1, 25),  # is it the sharing, or just the cap?
-    "rl-n4": arm(4, 640),  # is it the budget, or just the format?
-    **{f"penalty-{strength}": arm(1, 192, length_penalty=strength) for strength in STRENGTHS},
-    **{f"penalty-{strength}-std": arm(1, 192, length_penalty=strength, normalize_std=True) for strength in STRENGTHS},
-    "togo-n4": arm(4, 150, credit="togo"),
-    # does it last? the only arms that see more problems than the others
-    "bcr-n4-long": arm(4, 150, steps=80),
-    "penalty-4-std-long": arm(1, 192, length_penalty=4, normalize_std=True, steps=80),
+    # 37.5 tokens per problem, and other budgets
+    "bcr-n2": dict(n=2, budget=75), "bcr-n3": dict(n=3, budget=112), "bcr-n4": dict(n=4, budget=150),
+    "bcr-n8": dict(n=8, budget=300), "bcr-n4-tight": dict(n=4, budget=100),
+    "bcr-n4-loose": dict(n=4, budget=220), "bcr-mixed": dict(n="2,4,8", budget="75,150,300"),
+    "rl-n1": dict(n=1, budget=512),  # does RL alone shorten?
+    "cap-n1": dict(n=1, budget=38), "cap-n1-tight": dict(n=1, budget=25),  # is it the sharing or the cap?
+    "rl-n4": dict(n=4, budget=640),  # is it the budget or the format?
+    **{f"penalty-{x}": dict(n=1, budget=192, length_penalty=x) for x in STRENGTHS},
+    **{f"penalty-{x}-std": dict(n=1, budget=192, length_penalty=x, normalize_std=True) for x in STRENGTHS},
+    "togo-n4": dict(n=4, budget=150),
+    # Does it last? The only arms that see more problems than the others.
+    "bcr-n4-long": dict(n=4, budget=150, steps=80),
+    "penalty-4-std-long": dict(n=1, budget=192, length_penalty=4, normalize_std=True, steps=80),
 }
-SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # arms that are evaluated at all NS, the others at 1, 4 and 8
-ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are tried on harder problems, too
+PROGRAMS = {"togo-n4": "data/study/credit_togo.py"}  # all other arms are trained by bcr.py
+SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # evaluated at all NS, the others at 1, 4 and 8
+ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are evaluated on harder problems, too
 
 # ----------------------------------------------------------------------------------------------
 # Runs
 
 
 def harder_problems(path, count):
-    """Two files of problems as the world has none: chains of five and six steps, and numbers up to 60."""
-    import make
-
+    """Two files of problems outside the tiny world: chains of five and six steps, and numbers up to 60."""
     for name, steps, largest, operand in (("longer", (5, 6), 30, 12), ("larger", (2, 3, 4), 60, 24)):
         rng, (make.LARGEST, make.OPERAND) = random.Random(1), (largest, operand)
         problems = []
@@ -88,288 +93,304 @@ def harder_problems(path, count):
             if name == "longer" or max(np.cumsum([start] + [sign * b for sign, b in chain])) > 30:
                 problems.append({key: problem[key] for key in ("problem", "answer", "difficulty")})
         path.mkdir(parents=True, exist_ok=True)
-        bcr.write_lines(path / f"{name}.jsonl", problems)
+        write_lines(path / f"{name}.jsonl", problems)
 
 
-def bcr_run(out, **flags):
-    """Runs bcr.py into directory `out`, or goes on there, or does nothing where it has ended. Returns its results."""
-    ended = out / "results.json"
-    if not ended.exists() or "seconds" not in bcr.read_json(ended):
-        words = [word for name, value in flags.items() for word in ([f"--{name.replace('_', '-')}"] + [str(value)] * (value is not True))]
-        words += ["--out", str(out)] + ["--resume"] * (out / "settings.json").exists()
-        done = subprocess.run([sys.executable, str(REPO / "bcr.py"), *words], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # two runs share two cores
+def run_program(program, out, **flags):
+    """Runs bcr.py, evaluate.py or a fork, and returns its results.json. Resumes a run that was stopped; reads
+    the results of one that has finished."""
+    if not (out / "results.json").exists():
+        command = [sys.executable, str(REPO / program), "--out", str(out)]
+        for name, value in flags.items():
+            command.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                command.append(str(value))
+        if (out / "settings.json").exists():
+            command.append("--resume")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # runs share the cores
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{out.name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-        for checkpoint in out.glob("checkpoint-*"):  # model/ is what goes on
+        for checkpoint in out.glob("checkpoint-*"):  # model/ is all that is needed from here on
             shutil.rmtree(checkpoint)
-    return bcr.read_json(ended)
+    return read_json(out / "results.json")
 
 
 def one_run(o, name, seed):
-    """Trains and evaluates one arm with one seed. The evaluation has the same problems and draws in all arms."""
-    out, clock, model, flags = o.out, time.time(), {}, ARMS[name]
+    """Trains and evaluates one arm with one seed. All arms are evaluated on the same problems and draws."""
+    out, clock, flags = o.out / f"{name}-seed{seed}", time.time(), ARMS[name]
+    common = {"seed": seed, "within": SHARED, "problems": o.evaluated}
     if flags:
-        trained = out / f"{name}-seed{seed}"
-        bcr_run(trained, **{"steps": o.steps} | flags, groups=groups(flags["n"], o.problems), seed=seed, lr=LR, save_every=10, eval_n=1, eval_problems=1)
-        model = {"model": trained / "model"}
-    common = {"steps": 0, "seed": seed, "budget": SHARED, "eval_problems": o.evaluated}
-    ns = (1, 4) if o.brief else NS if name in SCALING else (1, 4, 8)
-    bcr_run(out / f"{name}-seed{seed}-evaluated", **model, **common, eval_n=",".join(map(str, ns)))
+        run_program(PROGRAMS.get(name, "bcr.py"), out, **{"steps": o.steps} | flags, seed=seed, lr=LR,
+                    groups=groups(flags["n"], o.problems), save_every=10, eval_n=1, eval_problems=1)
+        common["model"] = out / "model"
+    ns = "1,4" if o.brief else ",".join(map(str, NS if name in SCALING else (1, 4, 8)))
+    run_program("evaluate.py", out.with_name(f"{out.name}-evaluated"), **common, n=ns)
     if name in ELSEWHERE and not o.brief:
-        files = ",".join(str(out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
-        bcr_run(out / f"{name}-seed{seed}-elsewhere", **model, **common, eval_n="1,4", eval_data=files)
+        files = ",".join(str(o.out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
+        run_program("evaluate.py", out.with_name(f"{out.name}-elsewhere"), **common, n="1,4", data=files)
     return f"{name}, seed {seed}: {time.time() - clock:.0f} s"
 
 
 # ----------------------------------------------------------------------------------------------
-# The variance of the gradient at fixed weights, by --credit
+# The variance of the gradient at fixed weights, for both kinds of credit
+
+CREDITS = {"sequence": bcr.token_advantages, "togo": credit_togo.token_advantages}
 
 
-def gradient_variance(model_path, groups=64, seed=0):
-    """The total variance of one group's gradient (the trace of its covariance over groups of one prompt each, and
-    within a prompt over its groups) with both kinds of credit, for the same completions. Each prompt is sampled
-    twice: half the squared difference of its two gradients is the variance that sampling causes, which is what
-    credit can lower; the rest is the difference between prompts."""
-    import torch
-
-    s = bcr.Settings(n="4", budget=str(SHARED))
-    model, chat, _ = bcr.load(bcr.dataclasses.replace(s, model=str(model_path)))
-    problems, parameters = bcr.load_problems(s.data), list(model.parameters())
-    chosen = bcr.draw_groups(problems, 4, seed, 0, groups)
-    found = {"sequence": [], "togo": []}
-    unsure = []
-    for p, group in enumerate(chosen):
-        prompt = bcr.encode_chat(chat, bcr.batch_prompt([problems[i]["problem"] for i in group]))
-        golds = [[problems[i]["answer"] for i in group]] * 8
-        pair = {name: [] for name in found}
-        for turn in range(2):
-            rollout = bcr.generate(model, [prompt], 8, SHARED, eos_ids=chat.eos_ids, seed=seed, step=1 + turn, prompt_keys=[p])
-            completions = [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths)]
-            texts = bcr.decode(chat, completions)
-            correct = bcr.check(texts, golds)
-            sections = [bcr.sections_of(chat, *row, bcr.score) for row in zip(texts, completions, correct, golds)]
-            unsure += [section is None for section in sections]
-            whole = bcr.advantages_of(correct.mean(axis=1)[None])[0]
-            for name, advantages in (("sequence", whole), ("togo", bcr.advantages_to_go(correct, np.zeros(8), sections, 8))):
-                bcr.accumulate_gradient(model, parameters, [prompt], [0] * 8, completions, [row[:length] for row, length in zip(
-                    rollout.logprobs, rollout.lengths)], advantages, constant=8 * SHARED, s=s)
-                pair[name].append(torch.cat([torch.zeros(w.numel()) if w.grad is None else w.grad.flatten() for w in parameters]))
+def gradient_variance(model_path, groups=64, samples=8, seed=0):
+    """The variance that sampling causes in the gradient of one group, for both kinds of credit and the same
+    completions. Each prompt is sampled twice: half the squared difference of its two gradients is that
+    variance. The rest of the total variance is the difference between prompts, which credit cannot change."""
+    s = dataclasses.replace(bcr.Settings(), model=str(model_path))
+    model, chat, _ = load_model(s)
+    problems, parameters = load_problems(s.data), list(model.parameters())
+    variance, unsure = {name: [] for name in CREDITS}, []  # a number for each prompt; for each rollout
+    for p, chosen in enumerate(draw_groups(problems, 4, seed, 0, groups)):
+        group = [problems[i] for i in chosen]
+        prompt, golds = encode_chat(chat, batch_prompt(group)), [problem["answer"] for problem in group]
+        pair = {name: [] for name in CREDITS}
+        for turn in (1, 2):
+            completions = generate(model, [prompt], samples, SHARED, eos_ids=chat.eos_ids, seed=seed,
+                                   step=turn, prompt_keys=[p])
+            texts = decode(chat, [c.tokens for c in completions])
+            correct = np.array([[score(text, golds) for text in texts]], dtype=float)  # (1, G, 4)
+            rollout = bcr.Rollout([group], [prompt], completions, texts, correct, correct.mean(axis=2))
+            unsure.append(credit_togo.unsure_share(texts, [golds] * samples))
+            for name, credit in CREDITS.items():
+                rows = [bcr.Row(prompt, c.tokens, c.logprobs, advantages)
+                        for c, advantages in zip(completions, credit(rollout, chat, s))]
+                bcr.accumulate_gradient(model, parameters, rows, samples * SHARED, s)
+                pair[name].append(torch.cat([weight.grad.flatten() for weight in parameters]))
                 model.zero_grad()
         for name, (first, second) in pair.items():
-            found[name].append([((first - second) ** 2).sum().item() / 2, ((first + second) ** 2).sum().item() / 4,
-                                (first @ second).item()])
-    result = {name: dict(zip(("of_sampling", "of_a_pair", "signal"), np.mean(values, axis=0).tolist())) for name, values in found.items()}
-    ratios = np.array(found["togo"])[:, 0] / np.maximum(np.array(found["sequence"])[:, 0], 1e-30)
-    kept = np.array(found["sequence"])[:, 0] > 0
-    rng = np.random.default_rng(0)
-    a, b = np.array(found["togo"])[:, 0], np.array(found["sequence"])[:, 0]
-    again = [a[i].sum() / b[i].sum() for i in rng.integers(0, len(a), (2000, len(a)))]  # a bootstrap over prompts
-    return result | {"ratio": a.sum() / b.sum(), "ratio_ci95": np.quantile(again, [0.025, 0.975]).tolist(),
-                     "median_ratio": float(np.median(ratios[kept])), "unsure": float(np.mean(unsure)), "prompts": groups}
+            variance[name].append(((first - second) ** 2).sum().item() / 2)
+    togo, sequence = np.array(variance["togo"]), np.array(variance["sequence"])  # (groups,)
+    resampled = np.random.default_rng(0).integers(0, groups, (2000, groups))  # a bootstrap over prompts
+    ratios = togo[resampled].sum(axis=1) / sequence[resampled].sum(axis=1)
+    return {"ratio": togo.sum() / sequence.sum(), "ratio_ci95": np.quantile(ratios, [0.025, 0.975]).tolist(),
+            "unsure": np.mean(unsure), "prompts": groups}
 
 
 # ----------------------------------------------------------------------------------------------
-# What stands in the completions
-
-
-def anatomy(records):
-    """What a solution consists of, each a mean over problems: waits, solutions that begin with a restatement, that
-    are done again, that have no step at all, and equations (steps and checks)."""
-    counts = []
-    for record in records:
-        sections = re.split(r"^### Problem \d+\n", record["completion"], flags=re.MULTILINE)[1:]
-        for section in sections or [record["completion"]]:  # a model that drops the heading still has a solution
-            work = section.split("Answer")[0]
-            counts.append((bcr.wait_loops(work), "We need" in work, "do it again" in work, "=" not in work, work.count("=")))
-    names = ("waits", "restated", "done_again", "no_steps", "equations")
-    return dict(zip(names, np.mean(counts, axis=0).tolist())) if counts else dict.fromkeys(names, math.nan)
+# Figures of a run: one flat dict, whose keys are the headings of the report
 
 
 def records_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def by_n_figures(by_n, prefix=""):
+    """The results of evaluate.py for one file of problems."""
+    found = {}
+    for n, of_n in by_n.items():
+        found |= {f"{prefix}tokens, N={n}": of_n["tokens_per_problem"],
+                  f"{prefix}right %, N={n}": 100 * of_n["accuracy"],
+                  f"{prefix}right % in {SHARED}, N={n}": 100 * of_n["accuracy_in_budget"],
+                  f"{prefix}waits, N={n}": of_n["loops_per_problem"]}
+    return found
+
+
+def anatomy(records):
+    """What a solution consists of, as means over problems: waits, equations (steps and checks), and the share
+    of solutions that begin with a restatement, that are done again, and that have no step at all."""
+    counts = []
+    for record in records:
+        text = record["completion"]
+        starts = [start for _, start in find_headers(text)] or [0]  # without a header it is still a solution
+        for start, end in zip(starts, [*starts[1:], len(text)]):
+            work = text[start:end].split("Answer")[0]
+            counts.append((count_waits(work), work.count("="), 100 * ("We need" in work),
+                           100 * ("do it again" in work), 100 * ("=" not in work)))
+    names = ("waits", "equations", "restated %", "done again %", "no steps %")
+    return dict(zip(names, np.mean(counts, axis=0).tolist()))
+
+
+def figures_by_steps(records, problems):
+    """Tokens and accuracy at N = 1 by the number of steps that a problem needs. problems: {id: problem}."""
+    found = {}
+    for steps in (2, 3, 4):
+        some = [r for r in records if problems[r["problems"][0]]["difficulty"] == steps]
+        if some:
+            found[f"{steps} steps, tokens"] = np.mean([r["tokens"] for r in some])
+            found[f"{steps} steps, right %"] = 100 * np.mean([r["correct"][0] for r in some])
+    return found
+
+
+def run_figures(run, problems):
+    """All figures of the run in directory `run`, or {} if its evaluation has not finished."""
+    evaluated, elsewhere = (run.with_name(f"{run.name}-{kind}") for kind in ("evaluated", "elsewhere"))
+    if not (evaluated / "results.json").exists():
+        return {}
+    by_n = read_json(evaluated / "results.json")["results"]["heldout"]
+    alone, in_fours = (records_of(evaluated / f"evaluation/heldout-n{n}-step0.jsonl") for n in (1, 4))
+    found = by_n_figures(by_n) | anatomy(alone) | figures_by_steps(alone, problems)
+    for n, part in itertools.product([n for n in ("4", "8") if n in by_n], ("", f" in {SHARED}")):
+        found[f"lost to N={n}{part}"] = found[f"right %{part}, N=1"] - found[f"right %{part}, N={n}"]
+    for position, right in enumerate(by_n.get("8", {}).get("accuracy_by_position", ()), start=1):
+        found[f"position {position}"] = 100 * right
+    tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
+    found["exponent"] = np.polyfit(np.log([int(n) for n in by_n]), np.log(tokens), 1)[0]
+    found["falls at each N"] = bool(np.all(np.diff(tokens) < 0))
+    golds = [[problems[i]["answer"] for i in record["problems"]] for record in in_fours]
+    unsure = credit_togo.unsure_share([record["completion"] for record in in_fours], golds)
+    found["sections unsure %, N=4"] = 100 * unsure
+    if (elsewhere / "results.json").exists():
+        for name, of_file in read_json(elsewhere / "results.json")["results"].items():
+            found |= by_n_figures(of_file, f"{name}, ")
+    if (run / "metrics.jsonl").exists():
+        steps = records_of(run / "metrics.jsonl")
+        found["training"] = [100 * m["accuracy"] for m in steps]
+        found["worst right %"] = np.convolve(found["training"], np.ones(3) / 3, "valid").min()
+        found["largest gradient norm"] = max(m["grad_norm"] for m in steps)
+        found["seconds"] = sum(m["sampling_seconds"] + m["training_seconds"] for m in steps)
+    return found
+
+
+def collect(out, arms, seeds):
+    """{arm: {seed: figures}} of all runs that have finished."""
+    problems, found = {p["id"]: p for p in load_problems(REPO / "data/tiny/heldout.jsonl")}, {}
+    for arm, seed in itertools.product(arms, seeds):
+        if figures_of_run := run_figures(out / f"{arm}-seed{seed}", problems):
+            found.setdefault(arm, {})[seed] = figures_of_run
+    return found
+
+
 # ----------------------------------------------------------------------------------------------
-# The report
+# Tables
+
+DIGITS = {"waits": 2, "equations": 2, "exponent": 3, "largest gradient norm": 3}
 
 
 def interval(values):
     """Mean and half the width of a 95% interval of Student's t over seeds."""
-    values = np.array(values, float)
-    half = bcr.student95(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    values, half = np.array(values, float), math.nan
+    if len(values) > 1:
+        half = student95(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(half)
 
 
-def collect(out, arms, seeds):
-    """{arm: {seed: figures}} of all runs that have ended."""
-    found, steps_of = {}, {p["id"]: p["difficulty"] for p in bcr.load_problems(REPO / "data/tiny/heldout.jsonl")}
-    for name in arms:
-        for seed in seeds:
-            path = out / f"{name}-seed{seed}-evaluated"
-            if not (path / "results.json").exists() or "seconds" not in (results := bcr.read_json(path / "results.json")):
-                continue
-            figures = {"by_n": results["before"]["heldout"], "seconds": results["seconds"],
-                       "anatomy": {n: anatomy(records_of(path / f"evaluation/heldout-n{n}-step0.jsonl")) for n in (1, 4)}}
-            by_n = figures["by_n"]
-            of_steps = {}
-            for record in records_of(path / "evaluation/heldout-n1-step0.jsonl"):
-                of_steps.setdefault(steps_of[record["problems"][0]], []).append((record["tokens"], record["correct"][0]))
-            figures["by_steps"] = {steps: np.mean(values, axis=0).tolist() for steps, values in sorted(of_steps.items())}
-            figures["lost"] = {kind: {n: by_n["1"][kind] - by_n[n][kind] if n in by_n else math.nan for n in ("4", "8")}
-                               for kind in ("accuracy", "accuracy_in_budget")}
-            tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
-            figures["exponent"] = float(np.polyfit(np.log([int(n) for n in by_n]), np.log(tokens), 1)[0])  # tokens per problem ~ N^exponent
-            figures["monotone"] = bool(np.all(np.diff(tokens) < 0))
-            elsewhere = out / f"{name}-seed{seed}-elsewhere/results.json"
-            if elsewhere.exists():
-                figures["elsewhere"] = bcr.read_json(elsewhere)["before"]
-            metrics = out / f"{name}-seed{seed}/metrics.jsonl"
-            if metrics.exists():
-                steps = records_of(metrics)
-                rewards = np.array([m["accuracy"] for m in steps])
-                figures["training"] = {
-                    "accuracy": rewards.tolist(), "tokens_per_problem": [m["tokens_per_problem"] for m in steps],
-                    "worst_accuracy": float(np.convolve(rewards, np.ones(3) / 3, "valid").min()),
-                    "grad_norm_max": max(m["grad_norm"] for m in steps), "grad_norm_mean": float(np.mean([m["grad_norm"] for m in steps])),
-                    "truncated": [m["truncated"] for m in steps], "unsure": float(np.mean([m["credit_unsure"] for m in steps])),
-                    "seconds": sum(m["sampling_seconds"] + m["training_seconds"] for m in steps)}
-            found.setdefault(name, {})[seed] = figures
-    return found
+def over_seeds(of_arm, name):
+    return [of_seed.get(name, math.nan) for of_seed in of_arm.values()]
 
 
-def over_seeds(of_arm, pick):
-    return [pick(figures) for figures in of_arm.values()]
+def cell(values, digits=1):
+    """Mean and interval as text, "" for figures that the arm does not have."""
+    if isinstance(values[0], bool):
+        return f"{sum(values)} of {len(values)}"
+    middle, half = interval(values)
+    text = f"{middle:.{digits}f} ±{half:.{digits}f}"
+    return text.removesuffix(" ±nan") if middle == middle else ""
 
 
-def cell(values, scale=1.0, digits=1):
-    mean, half = interval(np.array(values) * scale)
-    if mean != mean:
-        return ""
-    return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
+def lowest(values, digits):
+    return "" if any(map(math.isnan, values)) else f"{min(values):.{digits}f}"
 
 
 def markdown(head, rows):
     return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
 
 
-def against(found, name, other, pick):
-    """Differences between two arms, seed by seed: the same problems, the same draws."""
-    return [pick(found[name][seed]) - pick(found[other][seed]) for seed in found[name] if seed in found[other]]
+def arm_table(title, found, names, statistic=cell):
+    """One row for each arm that has some of the figures `names`."""
+    rows = [[arm, *(statistic(over_seeds(of_arm, name), DIGITS.get(name.split(",")[0], 1)) for name in names)]
+            for arm, of_arm in found.items()]
+    return title + "\n\n" + markdown(["arm", *names], [row for row in rows if any(row[1:])])
+
+
+def against(found, arm, other, compare):
+    """compare(figures, figures of the other arm) seed by seed: the same problems, the same draws."""
+    return [compare(found[arm][seed], found[other][seed]) for seed in found[arm] if seed in found[other]]
+
+
+def differences_table(found):
+    names = ["right %, N=1", "right %, N=4", f"right % in {SHARED}, N=4", "lost to N=4", "lost to N=8",
+             f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}"]
+    pairs = [(arm, other) for other in ("base", "rl-n1", "bcr-n4") for arm in found if arm != "base"]
+    pairs += [("cap-n1-tight", "bcr-n4-tight"), ("penalty-4-std-long", "bcr-n4-long")]
+    rows, tokens = [], "tokens, N=1"
+    for arm, other in pairs:
+        if arm in found and other in found and arm != other:
+            changes = [against(found, arm, other, lambda a, b: 100 * (a[tokens] / b[tokens] - 1))]
+            changes += [against(found, arm, other, lambda a, b: a.get(name, math.nan) - b.get(name, math.nan))
+                        for name in names]
+            rows.append([f"{arm} against {other}", *map(cell, changes)])
+    return ("Differences, seed by seed: tokens in %, the others in points\n\n"
+            + markdown(["", tokens, *names], rows))
+
+
+def credit_tables(out, found):
+    """What credit to go changes: the steps to a goal, and the variance of the gradient."""
+    if "togo-n4" not in found or "bcr-n4" not in found:
+        return
+    rows = []
+    for goal in (50, 60, 70):
+        rows.append([f"{goal}%"])
+        for arm in ("bcr-n4", "togo-n4"):
+            reached = [next((i for i in range(3, len(a) + 1) if np.mean(a[i - 3 : i]) >= goal), math.nan)
+                       for a in over_seeds(found[arm], "training")]
+            rows[-1].append(cell(reached) or ", ".join(f"{steps:g}" for steps in reached))
+    yield ("Steps until three steps in a row are right that often, in the budget\n\n"
+           + markdown(["", "sequence", "togo"], rows))
+    for file in sorted(out.glob("variance-*.json")):
+        v = read_json(file)
+        low, high = v["ratio_ci95"]
+        yield (f"{file.stem}: variance of the gradient, togo / sequence = {v['ratio']:.3f} ({low:.3f} to "
+               f"{high:.3f}), {v['prompts']} prompts; sections unsure {v['unsure']:.2%}")
 
 
 def report(out, found):
-    """Prints and writes the tables. Every number of README's section comes from here."""
-    parts = []
-
-    def at(n, key):
-        return lambda figures: figures["by_n"].get(str(n), {}).get(key, math.nan)
-
-    rows = [[name, str(len(of_arm)), cell(over_seeds(of_arm, at(1, "tokens_per_problem"))), cell(over_seeds(of_arm, at(1, "accuracy")), 100),
-             cell(over_seeds(of_arm, at(1, "loops_per_problem")), 1, 2), cell(over_seeds(of_arm, at(4, "tokens_per_problem"))),
-             cell(over_seeds(of_arm, at(4, "accuracy")), 100), cell(over_seeds(of_arm, at(4, "accuracy_in_budget")), 100),
-             cell(over_seeds(of_arm, at(8, "accuracy")), 100)] for name, of_arm in found.items()]
-    parts.append("Arms: mean over seeds, ± half a 95% interval\n\n" + markdown(
-        ["arm", "seeds", "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", f"right % in {SHARED}, N=4", "right %, N=8"], rows))
-
-    rows = []
-    for other, only in (("base", ""), ("rl-n1", ""), ("bcr-n4", ""), ("bcr-n4-tight", "cap-n1-tight"), ("bcr-n4-long", "penalty-4-std-long")):
-        for name in found if other in found else ():
-            if name in ("base", other) or only not in name:
-                continue
-            tokens = [100 * (math.exp(d) - 1) for d in against(found, name, other, lambda f: math.log(at(1, "tokens_per_problem")(f)))]
-            rows.append([f"{name} against {other}", cell(tokens)] + [cell(against(found, name, other, pick), 100) for pick in (
-                at(1, "accuracy"), at(4, "accuracy"), at(4, "accuracy_in_budget"), *(
-                    lambda f, kind=kind, n=n: f["lost"][kind][n] for kind in ("accuracy", "accuracy_in_budget") for n in ("4", "8")))])
-    parts.append("Differences, seed by seed: tokens, points right, and points lost from N=1 on\n\n" + markdown(
-        ["", "tokens %, N=1", "right, N=1", "right, N=4", f"right in {SHARED}, N=4", "lost to N=4", "lost to N=8",
-         f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}"], rows))
-
-    rows = [[name, cell(over_seeds(of_arm, lambda f: f["exponent"]), 1, 3),
-             f"{sum(over_seeds(of_arm, lambda f: f['monotone']))} of {len(of_arm)}",
-             *(cell(over_seeds(of_arm, lambda f: f["lost"][kind][n]), 100) for kind in ("accuracy", "accuracy_in_budget") for n in ("4", "8"))]
-            for name, of_arm in found.items()]
-    parts.append("Task scaling: tokens per problem ~ N^exponent over N = " + ", ".join(map(str, NS)) + " or 1, 4, 8\n\n" + markdown(
-        ["arm", "exponent", "falls at each N", "points lost from N=1 to 4, nobody cut", "to 8", f"to 4, in {SHARED} tokens", "to 8"], rows))
-
-    for key, title, scale in (("tokens_per_problem", "Tokens per problem by N, nobody cut", 1), ("accuracy", "Right % by N, nobody cut", 100),
-                              ("accuracy_in_budget", f"Right % by N, all N in {SHARED} tokens", 100), ("interference", "Interference % by N", 100)):
-        rows = [[name, *(cell(over_seeds(found[name], at(n, key)), scale) for n in NS)] for name in found if name in SCALING]
-        parts.append(title + "\n\n" + markdown(["arm", *(f"N={n}" for n in NS)], rows))
-
-    rows = [[name, *(cell(over_seeds(of_arm, lambda f: f["anatomy"][1][key]), scale, digits) for key, scale, digits in (
-        ("waits", 1, 2), ("equations", 1, 2), ("restated", 100, 1), ("done_again", 100, 1), ("no_steps", 100, 1)))] for name, of_arm in found.items()]
-    parts.append("What shortened, N = 1\n\n" + markdown(["arm", "waits", "equations", "restated %", "done again %", "no steps %"], rows))
-
-    rows = [[name, *(cell(over_seeds(of_arm, lambda f: f["by_steps"].get(steps, [math.nan] * 2)[i]), scale)
-                     for steps in (2, 3, 4) for i, scale in ((0, 1), (1, 100)))] for name, of_arm in found.items()]
-    parts.append("By the number of steps that a problem needs, N = 1\n\n" + markdown(
-        ["arm"] + [f"{steps} steps, {what}" for steps in (2, 3, 4) for what in ("tokens", "right %")], rows))
-
-    base = np.mean(over_seeds(found["base"], at(1, "accuracy"))) if "base" in found else 0
-    rows = []
-    for name, of_arm in found.items():
-        if all("training" in figures for figures in of_arm.values()):
-            worst = over_seeds(of_arm, lambda f: f["training"]["worst_accuracy"])
-            rows.append([name, cell(worst, 100), f"{100 * min(worst):.0f}",
-                         cell(over_seeds(of_arm, lambda f: f["training"]["grad_norm_max"]), 1, 3),
-                         f"{sum(at(1, 'accuracy')(f) < base / 2 for f in of_arm.values())} of {len(of_arm)}",
-                         f"{100 * np.mean(over_seeds(of_arm, lambda f: f['training']['unsure'])):.2f}",
-                         cell(over_seeds(of_arm, lambda f: f["training"]["seconds"]), 1, 0)])
-    parts.append("Stability: the worst three steps in training, in the arm's own budget\n\n" + markdown(
-        ["arm", "worst right %", "of any seed", "largest gradient norm", "runs below half of base", "sections unsure %", "seconds"], rows))
-
-    rows = []
-    for name in ("bcr-n4", "bcr-n8", "bcr-mixed", "rl-n1", "rl-n4", "base"):
-        if name in found and all("8" in figures["by_n"] for figures in found[name].values()):
-            places = np.array(over_seeds(found[name], lambda f: f["by_n"]["8"]["accuracy_by_position"]))
-            rows.append([name, *(cell(places[:, i], 100, 0) for i in range(8))])
-    parts.append("Right % by position, N = 8, nobody cut\n\n" + markdown(["arm", *(f"{i}" for i in range(1, 9))], rows))
-
-    rows = []
-    for name in ELSEWHERE:
-        if name in found and all("elsewhere" in f for f in found[name].values()):
-            rows.append([name, *(cell(over_seeds(found[name], lambda f: f["elsewhere"][kind][n][key]), scale)
-                                 for kind in ("longer", "larger") for n in ("1", "4") for key, scale in (("tokens_per_problem", 1), ("accuracy", 100)))])
-    parts.append("Elsewhere: chains of 5 and 6 steps; numbers up to 60\n\n" + markdown(
-        ["arm"] + [f"{kind}, N={n}, {what}" for kind in ("longer", "larger") for n in (1, 4) for what in ("tokens", "right %")], rows))
-
-    if "togo-n4" in found and "bcr-n4" in found:
-        rows = []
-        for goal in (0.5, 0.6, 0.7):
-            row = [f"{goal:.0%}"]
-            for name in ("bcr-n4", "togo-n4"):
-                reached = [next((i + 1 for i in range(2, len(a)) if np.mean(a[i - 2:i + 1]) >= goal), math.nan)
-                           for a in over_seeds(found[name], lambda f: f["training"]["accuracy"])]
-                row.append(cell(reached) if all(r == r for r in reached) else ", ".join(f"{r:g}" for r in reached))
-            rows.append(row)
-        parts.append("Steps until three steps in a row are right that often, in the budget\n\n" + markdown(["", "sequence", "togo"], rows))
-        for file in sorted(out.glob("variance-*.json")):
-            v = bcr.read_json(file)
-            parts.append(f"Gradient variance, {file.stem.removeprefix('variance-')}: togo / sequence = {v['ratio']:.3f} "
-                         f"({v['ratio_ci95'][0]:.3f} to {v['ratio_ci95'][1]:.3f}), {v['prompts']} prompts; signal {v['togo']['signal']:.3g} "
-                         f"against {v['sequence']['signal']:.3g}; sections unsure {v['unsure']:.2%}")
-
+    """Prints and writes the tables. Every number of the README comes from here."""
+    scaled, in_budget = {arm: found[arm] for arm in SCALING if arm in found}, f"right % in {SHARED}, N="
+    parts = (
+        arm_table("Arms: mean over seeds, ± half a 95% interval", found, (
+            "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", f"{in_budget}4",
+            "right %, N=8")),
+        differences_table(found),
+        arm_table("Task scaling: tokens per problem ~ N^exponent over all N; points lost from N=1 on", found,
+                  ("exponent", "falls at each N", "lost to N=4", "lost to N=8",
+                   f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}")),
+        arm_table("Tokens per problem by N, not truncated", scaled, [f"tokens, N={n}" for n in NS]),
+        arm_table("Right % by N, not truncated", scaled, [f"right %, N={n}" for n in NS]),
+        arm_table(f"Right % by N, all N in {SHARED} tokens", scaled, [f"{in_budget}{n}" for n in NS]),
+        arm_table("What shortened, N = 1", found,
+                  ("waits", "equations", "restated %", "done again %", "no steps %")),
+        arm_table("By the number of steps that a problem needs, N = 1", found,
+                  [f"{steps} steps, {what}" for steps in (2, 3, 4) for what in ("tokens", "right %")]),
+        arm_table("Stability: the worst three steps in training, in the arm's own budget", found,
+                  ("worst right %", "largest gradient norm", "sections unsure %, N=4", "seconds")),
+        arm_table("Stability: the lowest of any seed", found, ("worst right %", "right %, N=1"), lowest),
+        arm_table("Right % by position, N = 8, not truncated", found, [f"position {i}" for i in range(1, 9)]),
+        arm_table("Elsewhere: chains of 5 and 6 steps; numbers up to 60", found,
+                  [f"{file}, {what}, N={n}" for file in ("longer", "larger") for n in (1, 4)
+                   for what in ("tokens", "right %")]),
+        *credit_tables(out, found))
     text = "\n\n".join(parts) + "\n"
     print(text)
-    bcr.write_text(out / "report.txt", text)
-    bcr.write_json(out / "results.json", found)
+    write_text(out / "report.txt", text)
+    write_json(out / "results.json", found)
 
 
-def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4, heldout=REPO / "data/tiny/heldout.jsonl"):
-    """The same problems answered by several arms (seed 0, N = 1), side by side: examples.txt."""
-    problems, parts = {problem["id"]: problem["problem"] for problem in bcr.load_problems(heldout)}, []
+def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4,
+             heldout=REPO / "data/tiny/heldout.jsonl"):
+    """examples.txt: the same problems answered by several arms (seed 0, N = 1)."""
+    problems, parts = {problem["id"]: problem["problem"] for problem in load_problems(heldout)}, []
     files = {name: out / f"{name}-seed0-evaluated/evaluation/heldout-n1-step0.jsonl" for name in names}
     records = {name: records_of(path) for name, path in files.items() if path.exists()}
     for p in range(count if records else 0):
         parts.append("=" * 100 + "\n" + problems[next(iter(records.values()))[p]["problems"][0]])
         for name, of_arm in records.items():
-            parts.append(f"--- {name}: {of_arm[p]['tokens']} tokens, {'right' if of_arm[p]['correct'][0] else 'wrong'}\n{of_arm[p]['completion']}")
-    bcr.write_text(out / "examples.txt", "\n\n".join(parts) + "\n")
+            mark = "right" if of_arm[p]["correct"][0] else "wrong"
+            parts.append(f"--- {name}: {of_arm[p]['tokens']} tokens, {mark}\n{of_arm[p]['completion']}")
+    write_text(out / "examples.txt", "\n\n".join(parts) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# Figures
 
 
 def figures(out, found):
-    """Four pictures; without matplotlib a line that says so."""
+    """Four PNG files, or a line of text if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -378,100 +399,107 @@ def figures(out, found):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def curve(axis, name, key, colour, style="o-"):
-        values = np.array([[f["by_n"][str(n)][key] for n in NS] for f in found[name].values()])  # (seeds, NS)
-        middle, half = values.mean(axis=0), np.array([interval(column)[1] for column in values.T])
-        axis.plot(NS, middle, style, color=colour, label=name)
-        axis.fill_between(NS, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
+    for draw, name, size, columns in (
+            (scaling_figure, "scaling", (14, 4), 3), (penalty_figure, "penalty", (14, 4.4), 3),
+            (anatomy_figure, "anatomy", (14, 3.6), 4), (training_figure, "training", (10, 3.8), 2)):
+        figure, axes = pyplot.subplots(1, columns, figsize=size, sharey=name == "anatomy")
+        draw(axes, found)
+        figure.tight_layout()
+        figure.savefig(out / f"{name}.png", dpi=100)
 
-    lines = [(name, colour) for name, colour in zip(SCALING, ("tab:gray", "tab:orange", "tab:blue", "tab:purple", "tab:green")) if name in found]
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
-    for axis, key, title in zip(axes, ("tokens_per_problem", "accuracy", "accuracy_in_budget"),
-                                ("tokens per problem, nobody cut", "right, nobody cut", f"right, all N in {SHARED} tokens")):
-        for name, colour in lines:
-            if all(len(f["by_n"]) == len(NS) for f in found[name].values()):
-                curve(axis, name, key, colour)
-        axis.set(title=title, xlabel="N problems in the prompt", ylim=(0, None))
-        axis.legend(fontsize=8)
-    save(figure, out / "scaling.png")
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.4))
-    for name, of_arm in found.items():
-        (x, dx), (y, dy) = (interval(over_seeds(of_arm, lambda f: f["by_n"]["1"][key])) for key in ("tokens_per_problem", "accuracy"))
-        colour = "tab:blue" if name.startswith(("bcr", "togo")) else "tab:red" if name.startswith("penalty") else "tab:gray"
+def band(axis, x, middle, low, high, colour, label, style="-"):
+    axis.plot(x, middle, style, color=colour, label=label)
+    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.legend(fontsize=8)
+
+
+def scaling_figure(axes, found):
+    colours = ("tab:gray", "tab:orange", "tab:blue", "tab:purple", "tab:green")
+    for axis, name in zip(axes, ("tokens", "right %", f"right % in {SHARED}")):
+        for arm, colour in zip(SCALING, colours):
+            if arm in found:
+                middle, half = np.transpose([interval(over_seeds(found[arm], f"{name}, N={n}")) for n in NS])
+                band(axis, NS, middle, middle - half, middle + half, colour, arm, "o-")
+        axis.set(title=name, xlabel="N problems in the prompt", ylim=(0, None))
+
+
+def penalty_figure(axes, found):
+    """Tokens and accuracy at N = 1 of all arms, then each over the strength of the penalty."""
+    colours = {"bcr": "tab:blue", "togo": "tab:blue", "penalty": "tab:red"}
+    for arm, of_arm in found.items():
+        (x, dx), (y, dy) = (interval(over_seeds(of_arm, name)) for name in ("tokens, N=1", "right %, N=1"))
+        colour = colours.get(arm.split("-")[0], "tab:gray")
         axes[0].errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=0.7)
-        if not name.startswith("penalty"):  # those are in the next two
-            axes[0].annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes[0].set(title="N = 1: what each arm costs (red: penalties)", xlabel="tokens per problem", ylabel="right")
-    for suffix, colour, label in (("", "tab:red", "constant scale"), ("-std", "tab:purple", "divided by the group's deviation")):
-        names = [f"penalty-{strength}{suffix}" for strength in STRENGTHS if f"penalty-{strength}{suffix}" in found]
-        for axis, key in zip(axes[1:], ("tokens_per_problem", "accuracy")):
-            points = [interval(over_seeds(found[name], lambda f: f["by_n"]["1"][key])) for name in names]
-            if points:
-                axis.errorbar([float(name.split("-")[1]) for name in names], *zip(*points), fmt="o-", color=colour, label=label)
-    for axis, key, title in zip(axes[1:], ("tokens_per_problem", "accuracy"), ("penalty: tokens, N = 1", "penalty: right, N = 1")):
-        for name, colour in (("base", "tab:gray"), ("bcr-n4", "tab:blue")):
-            if name in found:
-                axis.axhline(np.mean(over_seeds(found[name], lambda f: f["by_n"]["1"][key])), color=colour, linestyle="--", label=name)
-        axis.set(title=title, xlabel="strength of the penalty", xscale="log", ylim=(0, None) if key == "tokens_per_problem" else (0.8, 1))
+        if not arm.startswith("penalty"):  # the other two axes show those
+            axes[0].annotate(arm, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes[0].set(title="all arms, N = 1 (red: penalties)", xlabel="tokens per problem", ylabel="right %")
+    for axis, name, limits in ((axes[1], "tokens, N=1", (0, None)), (axes[2], "right %, N=1", (80, 100))):
+        for suffix, colour, label in (("", "tab:red", "constant scale"),
+                                      ("-std", "tab:purple", "divided by the group's deviation")):
+            arms = {x: found[f"penalty-{x}{suffix}"] for x in STRENGTHS if f"penalty-{x}{suffix}" in found}
+            if arms:
+                points = zip(*(interval(over_seeds(of_arm, name)) for of_arm in arms.values()))
+                axis.errorbar(list(arms), *points, fmt="o-", color=colour, label=label)
+        for arm, colour in (("base", "tab:gray"), ("bcr-n4", "tab:blue")):
+            if arm in found:
+                axis.axhline(np.mean(over_seeds(found[arm], name)), color=colour, linestyle="--", label=arm)
+        axis.set(title=f"penalty: {name}", xlabel="strength of the penalty", xscale="log", ylim=limits)
         axis.set_xticks(STRENGTHS, map(str, STRENGTHS))
         axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
-    save(figure, out / "penalty.png")
 
-    shown = [name for name in ("base", "rl-n1", "rl-n4", "cap-n1", "bcr-n2", "bcr-n4", "bcr-n8", "penalty-1", "penalty-4-std") if name in found]
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), sharey=True)
-    for axis, key, title in zip(axes, ("waits", "equations", "done_again", "no_steps"),
-                                ("waits per problem", "equations per problem", "share done again", "share without steps")):
-        points = [interval(over_seeds(found[name], lambda f: f["anatomy"][1][key])) for name in shown]
+
+def anatomy_figure(axes, found):
+    arms = ("base", "rl-n1", "rl-n4", "cap-n1", "bcr-n2", "bcr-n4", "bcr-n8", "penalty-1", "penalty-4-std")
+    shown = [arm for arm in arms if arm in found]
+    for axis, name in zip(axes, ("waits", "equations", "done again %", "no steps %")):
+        points = [interval(over_seeds(found[arm], name)) for arm in shown]
         axis.barh(shown, [p[0] for p in points], xerr=[p[1] for p in points], color="tab:blue", alpha=0.7)
-        axis.set(title=title)
+        axis.set(title=f"{name}, N = 1")
     axes[0].invert_yaxis()
-    save(figure, out / "anatomy.png")
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
-    for names, axis, title in (((("bcr-n4-long", "tab:gray"), ("bcr-n4", "tab:blue"), ("togo-n4", "tab:green")), axes[0], "N = 4: right in the budget"),
-                               ((("rl-n1", "tab:orange"), ("penalty-1", "tab:red"), ("penalty-4-std-long", "tab:purple")),
-                                axes[1], "N = 1: right in training")):
-        for name, colour in names:
-            if name in found:
-                values = np.array(over_seeds(found[name], lambda f: f["training"]["accuracy"]))
-                axis.plot(np.arange(1, values.shape[1] + 1), values.mean(axis=0), color=colour, label=name)
-                axis.fill_between(np.arange(1, values.shape[1] + 1), values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
-        axis.set(title=title + " (mean, range)", xlabel="step", ylim=(0, 1))
-        axis.legend(fontsize=8)
-    save(figure, out / "training.png")
 
 
-def save(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+def training_figure(axes, found):
+    at_four = {"bcr-n4-long": "tab:gray", "bcr-n4": "tab:blue", "togo-n4": "tab:green"}
+    at_one = {"rl-n1": "tab:orange", "penalty-1": "tab:red", "penalty-4-std-long": "tab:purple"}
+    for axis, colours, n in zip(axes, (at_four, at_one), (4, 1)):
+        for arm, colour in colours.items():
+            if arm in found:
+                values = np.array(over_seeds(found[arm], "training"))  # (seeds, steps)
+                x = np.arange(1, values.shape[1] + 1)
+                band(axis, x, values.mean(axis=0), values.min(axis=0), values.max(axis=0), colour, arm)
+        axis.set(title=f"N = {n}: right % in training (mean, range)", xlabel="step", ylim=(0, 100))
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, default=REPO / "out/study", help="directory of the study (default: out/study)")
-    options.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="arms, with commas: " + ", ".join(ARMS))
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=REPO / "out/study", help="default: out/study")
+    options.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS),
+                         help="arms, separated by commas: " + ", ".join(ARMS))
     options.add_argument("--seeds", type=int, default=5, help="seeds of each arm")
     options.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
     options.add_argument("--problems", type=int, default=PROBLEMS, help="problems in a training step")
     options.add_argument("--evaluated", type=int, default=EVALUATED, help="held-out problems to evaluate on")
-    options.add_argument("--brief", action="store_true", help="evaluate at N = 1 and 4 only, on the world's own problems only")
+    options.add_argument("--brief", action="store_true", help="evaluate at N = 1 and 4, no harder problems")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    options.add_argument("--report", action="store_true", help="run nothing")
+    options.add_argument("--report", action="store_true", help="only write the report")
     o = options.parse_args()
     if unknown := set(o.arms) - set(ARMS):
-        options.error(f"no such arm: {', '.join(sorted(unknown))}")
+        options.error(f"unknown arms: {', '.join(sorted(unknown))}")
     if not o.report:
         harder_problems(o.out / "problems", o.evaluated)
         clock = time.time()
-        with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has whole seeds
+        with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has complete seeds
             jobs = [pool.submit(one_run, o, name, seed) for seed in range(o.seeds) for name in o.arms]
             for number, job in enumerate(jobs, start=1):
-                print(f"{number} of {len(jobs)}: {job.result()}; {time.time() - clock:.0f} s so far", flush=True)
+                seconds = time.time() - clock
+                print(f"{number} of {len(jobs)}: {job.result()}; {seconds:.0f} s so far", flush=True)
         for stage, model in (("base", bcr.Settings.model), ("trained", o.out / "bcr-n4-seed0/model")):
-            if "togo-n4" in o.arms and Path(model).is_dir() and not (o.out / f"variance-{stage}.json").exists():
-                bcr.write_json(o.out / f"variance-{stage}.json", gradient_variance(model))
+            file = o.out / f"variance-{stage}.json"
+            if "togo-n4" in o.arms and Path(model).is_dir() and not file.exists():
+                write_json(file, gradient_variance(model))
     found = collect(o.out, o.arms, range(o.seeds))
     if found:
         report(o.out, found)

@@ -37,7 +37,7 @@ def test_two_training_steps_of_a_real_chat_model(smollm2, problems, tmp_path):
     assert status_of(
         bcr.main, "--model", smollm2, "--data", problems, "--eval-data", problems,
         "--reward", tmp_path / "mine.py", "--n", 2, "--budget", 48, "--steps", 2, "--groups", 2,
-        "--samples", 2, "--lr", "1e-5", "--eval-n", 2, "--eval-problems", 2, "--eval-budget", 24,
+        "--samples", 2, "--lr", "1e-5", "--eval-n", 2, "--eval-problems", 2, "--eval-budget", 48,
         "--save-every", 5, "--out", out) == 0
     metrics, results = metrics_of(out), json.loads((out / "results.json").read_text())
     assert len(metrics) == 2
