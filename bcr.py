@@ -41,9 +41,8 @@ from torch.utils.checkpoint import checkpoint
 
 import distributed
 import evaluate
-from data.chat import copy_tokenizer, decode, encode_chat
-from data.problems import (
-    answer_section, batch_prompt, draw_groups, load_benchmarks, load_problems, write_lines)
+from data.chat import check_budget, copy_tokenizer, decode, encode_chat
+from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems, write_lines
 from distributed import say
 from evaluate import flag
 from model import UserError, write_json, write_text
@@ -103,7 +102,7 @@ class Settings:
 class Rollout:
     """The completions of one step with their rewards."""
 
-    problems: list[list[dict]]  # (P, N)
+    groups: list[list[dict]]  # (P, N) problems
     prompts: list[list[int]]  # P lists of token ids
     completions: list[Completion]  # R
     texts: list[str]  # R
@@ -235,16 +234,21 @@ def copy_weights(master, model):
 # The training loop
 
 
+def groups_of_step(s, problems, step):
+    """(N, budget, indices of the problems (P, N)) of a step, counted from 1. Values of N take turns, and each
+    has its own sequence of groups."""
+    turn, which = divmod(step - 1, len(s.n))
+    return s.n[which], s.budget[which], draw_groups(problems, s.n[which], s.seed, turn * s.groups, s.groups)
+
+
 def train(s, model, master, optimizer, chat, problems, score, out, first, metrics):
     """Runs steps first + 1 to s.steps. `metrics` has one dict for each step so far, and grows."""
     with distributed.finish_first() as stop, distributed.progress_bar(s.steps, "training", first) as bar:
         for step in range(first + 1, s.steps + 1):
-            # Prompts. Values of N take turns; each N has its own sequence of groups.
-            turn, which = divmod(step - 1, len(s.n))
-            n, budget = s.n[which], s.budget[which]
-            groups = draw_groups(problems, n, s.seed, turn * s.groups, s.groups)  # (P, N) indices
-            batch = [[problems[i] for i in group] for group in groups]
-            prompts = [encode_chat(chat, batch_prompt(group)) for group in batch]
+            # Prompts: P groups of N problems.
+            n, budget, indices = groups_of_step(s, problems, step)
+            groups = [[problems[i] for i in group] for group in indices]  # (P, N)
+            prompts = [encode_chat(chat, batch_prompt(group)) for group in groups]
 
             # Sample. The budget bites here: `budget` tokens for all N problems of a prompt, then the cut.
             clock = time.time()
@@ -256,14 +260,14 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
             # Score. A problem earns its reward here: r_g = 1/N * sum_i [answer i of completion g is right].
             # What was answered before the cut counts; what the budget did not reach has no answer.
-            golds = [[problem["answer"] for problem in group] for group in batch for _ in range(s.samples)]
+            golds = [[problem["answer"] for problem in group] for group in groups for _ in range(s.samples)]
             correct = np.array([score(text, gold) for text, gold in zip(texts, golds)], dtype=float)
             correct = correct.reshape(s.groups, s.samples, n)  # (P, G, N)
             lengths = np.array([len(c.tokens) for c in completions]).reshape(s.groups, s.samples)  # (P, G)
             rewards = correct.mean(axis=2) - s.length_penalty * lengths / budget  # (P, G)
 
             # Advantages. The baseline is the mean of the group: A_g = r_g - 1/G * sum_h r_h.
-            rollout = Rollout(batch, prompts, completions, texts, correct, rewards)
+            rollout = Rollout(groups, prompts, completions, texts, correct, rewards)
             advantages = token_advantages(rollout, chat, s)  # R arrays (T,)
 
             # Gradient. The loss is divided by a constant, P * G * budget, not by the completions' lengths.
@@ -290,7 +294,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
             stopping = any(distributed.all_gather(bool(stop)))
             save = stopping or step % s.save_every == 0 or step == s.steps
             if save or step == 1:
-                append_group(out / "samples.txt", step, rollout, advantages)
+                evaluate.append_group(out / "samples.txt", step, rollout, advantages)
             if save:
                 distributed.save_checkpoint(out, step, model, master, optimizer)
             bar.update()
@@ -367,63 +371,26 @@ def training_warnings(metrics):
     return found
 
 
-def append_group(path, step, rollout, advantages):
-    """Appends one group in full to samples.txt: the first whose rewards differ, else the first."""
-    if distributed.rank() > 0:
-        return
-    rewards, (P, G, N) = rollout.rewards, rollout.correct.shape
-    p = int(np.argmax(rewards.max(axis=1) > rewards.min(axis=1)))
-    golds = ", ".join(problem["answer"] for problem in rollout.problems[p])
-    out = [f"==== step {step}: one group of {G} samples, N = {N}", "", batch_prompt(rollout.problems[p]), "",
-           f"Answers: {golds}. Mean reward (the baseline): {rewards[p].mean():.3f}", ""]
-    for g in range(G):
-        completion, row = rollout.completions[p * G + g], p * G + g
-        right = " ".join("right" if correct else "wrong" for correct in rollout.correct[p, g])
-        cut = ", truncated" if completion.truncated else ""
-        low, high = advantages[row].min(), advantages[row].max()
-        advantage = f"{low:+.3f}" if low == high else f"{low:+.3f} to {high:+.3f}"
-        out += [f"---- sample {g + 1}: {len(completion.tokens)} tokens{cut}; {right}; "
-                f"reward {rewards[p, g]:.3f}; advantage {advantage}", rollout.texts[row], ""]
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n".join(out) + "\n")
-
-
 # ----------------------------------------------------------------------------------------------
 # The run
 
 
 def groups_to_come(s, problems):
-    """Every group of the run with its budget, as `train` draws them."""
-    for step in range(s.steps):
-        turn, which = divmod(step, len(s.n))
-        for group in draw_groups(problems, s.n[which], s.seed, turn * s.groups, s.groups):
-            yield group, s.budget[which]
+    """Every (group, budget) of the run, as `train` draws them."""
+    for step in range(1, s.steps + 1):
+        _, budget, indices = groups_of_step(s, problems, step)
+        yield from ((group, budget) for group in indices)
 
 
-def check_settings(s, chat, problems, benchmarks):
-    """Raises UserError for a budget that cannot hold the answers, before anything is written."""
-    for n, budget in zip(s.n, s.budget):
-        group = [problems[i] for i in draw_groups(problems, n, s.seed, 0, 1)[0]]
-        bare = "\n\n".join(answer_section(i, "", p["answer"]) for i, p in enumerate(group, start=1))
-        tokens = len(chat.tokenizer.encode(bare, add_special_tokens=False).ids)
-        if budget < tokens:
-            raise UserError(f"a budget of {budget} tokens cannot hold even the bare answers to {n} problems "
-                            f"(about {tokens} tokens): raise --budget or lower --n")
-    for name, heldout in benchmarks.items():
-        if shared := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-            say(f"warning: {len(shared)} problems of {name} are also in --data: its accuracy is inflated")
-
-
-def read_metrics(path, first):
-    """The metrics of steps 1 to `first`. What follows, perhaps half a line, is of steps that run again."""
+def read_metrics(path, steps):
+    """The metrics of steps 1 to `steps`. Later lines, perhaps partial, are of steps that run again."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:first]
-        metrics = [json.loads(line) for line in lines]
-        if [m["step"] for m in metrics] == list(range(1, first + 1)):
+        metrics = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:steps]]
+        if [m["step"] for m in metrics] == list(range(1, steps + 1)):
             return metrics
     except (ValueError, KeyError, TypeError, OSError):
         pass
-    raise UserError(f"{path} does not have one line for each of the {first} steps of the last checkpoint: "
+    raise UserError(f"{path} does not have one line for each of the {steps} steps of the last checkpoint: "
                     "restore it, or start a new run")
 
 
@@ -459,8 +426,13 @@ def run(s):
     benchmarks = evaluate.fit_benchmarks(model, chat, benchmarks, e)
     problems = evaluate.leave_out_long(
         model, chat, problems, lambda of: groups_to_come(s, of), s.skip_long)
-    check_settings(s, chat, problems, benchmarks)
-    out = evaluate.open_out(s, "out/run", [s.data, *s.eval_data.split(","), s.reward], (
+    for step in range(1, len(s.n) + 1):
+        _, budget, indices = groups_of_step(s, problems, step)
+        check_budget(chat, [problems[i] for i in indices[0]], budget)
+    for name, heldout in benchmarks.items():
+        if shared := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
+            say(f"warning: {len(shared)} problems of {name} are also in --data: its accuracy is inflated")
+    out = distributed.open_out(s, "out/run", [s.data, *s.eval_data.split(","), s.reward], (
         "steps", "save_every", "micro_tokens", "checkpointing", "shard"))
     say(f"{about}; {len(problems)} training problems, {sum(map(len, benchmarks.values()))} held out; "
         f"writing to {out}")

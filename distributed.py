@@ -4,10 +4,16 @@ of the completions. Every draw depends on (seed, step, prompt, sample, token) al
 what one process would, and the sum of their gradients is its gradient.
 
 The rest of the repo calls these functions without knowing K: with one process they do the obvious thing.
-Three parts: processes, sharded weights (FSDP2), and checkpoints that any number of processes can resume.
+Four parts: processes, sharded weights (FSDP2), the output directory, and checkpoints that any number of
+processes can resume.
 """
 
 import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
 import math
 import os
 import re
@@ -17,6 +23,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,7 +31,8 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from model import Transformer, UserError, read_weights
+from data.chat import find_model
+from model import Transformer, UserError, read_json, read_weights, weight_files, write_json
 from rollout import generate
 
 # ----------------------------------------------------------------------------------------------
@@ -241,6 +249,71 @@ def equal_passes(model, batches, filler):
     if not is_sharded(model):
         return batches
     return batches + [filler] * (max(all_gather(len(batches))) - len(batches))
+
+
+# ----------------------------------------------------------------------------------------------
+# The output directory of a run
+
+
+def open_out(s, default, files, may_change=()):
+    """Creates the output directory with settings.json or, with --resume, opens that of an earlier run. Only
+    the first process writes. It locks the directory until it ends, and it records the contents of `files` and
+    of the model.
+
+    Raises UserError for a directory in use, and for settings (other than those in `may_change`) or contents
+    that differ from those of the run to resume."""
+    out = None
+    if rank() == 0:
+        free = (Path(f"{default}-{k}") for k in itertools.count(1))
+        out = Path(s.out) if s.out else next(path for path in free if not path.exists())
+        settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists, as in the file
+        settings["sha256"] = fingerprints([file for file in files if file], s.model)
+        if s.resume:
+            check_resumed(s.out, settings, {"resume", "out", "rows", *may_change})
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is in use: name a new directory, or add --resume to continue it")
+        else:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "settings.json", settings)
+            except OSError as error:
+                raise UserError(f"cannot create the directory --out {out}: {error.strerror}") from None
+        lock(out)
+    out = all_gather(out)[0]
+    if not out.is_dir():
+        raise UserError(f"{out} does not exist here: several machines need an --out on a shared file system")
+    return out
+
+
+def fingerprints(files, model):
+    """{file: sha256} of data and reward files and of the model's config.json and weights."""
+    path = find_model(model)
+    found = {}
+    for file in [*files, path / "config.json", *weight_files(path)]:
+        with open(file, "rb") as content:
+            found[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
+def lock(out):
+    """Locks a run's directory. The descriptor stays open: the lock is released when the process dies."""
+    try:
+        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is running in --out {out}: wait for its end, or stop it") from None
+
+
+def check_resumed(out, settings, may_change):
+    if not out or not (Path(out) / "settings.json").is_file():
+        raise UserError(f"--resume finds no run in --out {out!r}: name the directory of the run to resume")
+    saved = read_json(Path(out) / "settings.json")
+    for name, value in settings.items():
+        if name not in may_change | {"sha256"} and value != saved.get(name):
+            raise UserError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} and is now {value}: "
+                            "a run keeps the settings it began with")
+    for file, digest in settings["sha256"].items():
+        if digest != saved.get("sha256", {}).get(file):
+            raise UserError(f"--resume: {file} has changed since the run began: restore it")
 
 
 # ----------------------------------------------------------------------------------------------

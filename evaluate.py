@@ -15,10 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -35,7 +32,7 @@ import distributed
 from data.chat import decode, encode_chat, find_model, keep_fitting, load_chat
 from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems, write_lines
 from distributed import say
-from model import Transformer, UserError, read_json, weight_files, write_json, write_text
+from model import Transformer, UserError, write_json, write_text
 from reward import extract_answers, score
 
 HERE = Path(__file__).resolve().parent
@@ -303,6 +300,27 @@ def write_completions(path, benchmarks, records, each=3):
     write_text(path, "\n".join(out) + "\n")
 
 
+def append_group(path, step, rollout, advantages):
+    """Appends one group in full to samples.txt: the first whose rewards differ, else the first."""
+    if distributed.rank() > 0:
+        return
+    rewards, (_, G, N) = rollout.rewards, rollout.correct.shape
+    p = int(np.argmax(rewards.max(axis=1) > rewards.min(axis=1)))
+    golds = ", ".join(problem["answer"] for problem in rollout.groups[p])
+    out = [f"==== step {step}: one group of {G} samples, N = {N}", "", batch_prompt(rollout.groups[p]), "",
+           f"Answers: {golds}. Mean reward (the baseline): {rewards[p].mean():.3f}", ""]
+    for g in range(G):
+        completion, row = rollout.completions[p * G + g], p * G + g
+        right = " ".join("right" if correct else "wrong" for correct in rollout.correct[p, g])
+        cut = ", truncated" if completion.truncated else ""
+        low, high = advantages[row].min(), advantages[row].max()
+        advantage = f"{low:+.3f}" if low == high else f"{low:+.3f} to {high:+.3f}"
+        out += [f"---- sample {g + 1}: {len(completion.tokens)} tokens{cut}; {right}; "
+                f"reward {rewards[p, g]:.3f}; advantage {advantage}", rollout.texts[row], ""]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n".join(out) + "\n")
+
+
 def plot(path, stages, within, metrics=()):
     """results.png: for each benchmark tokens and accuracy over N (the task-scaling law) and accuracy over the
     position in the prompt; below them the training, from its metrics."""
@@ -366,7 +384,7 @@ def solve(s):
     model, chat, about = load_model(s)
     problems = leave_out_long(
         model, chat, problems, lambda of: in_order(len(of), s.n[0], s.budget[0]), s.skip_long)
-    out, started = open_out(s, "out/solve", [s.solve, s.reward]), time.time()
+    out, started = distributed.open_out(s, "out/solve", [s.solve, s.reward]), time.time()
     say(f"{about}; {len(problems)} problems to solve; writing to {out}")
     entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""}
                for p in problems]
@@ -476,67 +494,6 @@ def load_reward(path):
     return checked_extract if hasattr(module, "extract_answers") else extract_answers, checked_score
 
 
-def open_out(s, default, files, may_change=()):
-    """Creates the output directory with settings.json or, with --resume, opens that of an earlier run. Only
-    the first process writes. It locks the directory until it ends, and it records the contents of `files` and
-    of the model.
-
-    Raises UserError for a directory in use, and for settings (other than those in `may_change`) or contents
-    that differ from those of the run to resume."""
-    out = None
-    if distributed.rank() == 0:
-        free = (Path(f"{default}-{k}") for k in itertools.count(1))
-        out = Path(s.out) if s.out else next(path for path in free if not path.exists())
-        settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists, as in the file
-        settings["sha256"] = fingerprints([file for file in files if file], s.model)
-        if s.resume:
-            check_resumed(s.out, settings, {"resume", "out", "rows", *may_change})
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} is in use: name a new directory, or add --resume to continue it")
-        else:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(out / "settings.json", settings)
-            except OSError as error:
-                raise UserError(f"cannot create the directory --out {out}: {error.strerror}") from None
-        lock(out)
-    out = distributed.all_gather(out)[0]
-    if not out.is_dir():
-        raise UserError(f"{out} does not exist here: several machines need an --out on a shared file system")
-    return out
-
-
-def fingerprints(files, model):
-    """{file: sha256} of data and reward files and of the model's config.json and weights."""
-    path = find_model(model)
-    found = {}
-    for file in [*files, path / "config.json", *weight_files(path)]:
-        with open(file, "rb") as content:
-            found[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
-    return found
-
-
-def lock(out):
-    """Locks a run's directory. The descriptor stays open: the lock is released when the process dies."""
-    try:
-        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is running in --out {out}: wait for its end, or stop it") from None
-
-
-def check_resumed(out, settings, may_change):
-    if not out or not (Path(out) / "settings.json").is_file():
-        raise UserError(f"--resume finds no run in --out {out!r}: name the directory of the run to resume")
-    saved = read_json(Path(out) / "settings.json")
-    for name, value in settings.items():
-        if name not in may_change | {"sha256"} and value != saved.get(name):
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} and is now {value}: "
-                            "a run keeps the settings it began with")
-    for file, digest in settings["sha256"].items():
-        if digest != saved.get("sha256", {}).get(file):
-            raise UserError(f"--resume: {file} has changed since the run began: restore it")
-
-
 def in_order(count, n, budget):
     """Problems 0..count-1 in groups of n, as pairs of a group and the budget."""
     return [(range(first, min(first + n, count)), budget) for first in range(0, count, n)]
@@ -597,7 +554,7 @@ def run(s):
     benchmarks, (_, score) = load_benchmarks(s.data, s.problems), load_reward(s.reward)
     model, chat, about = load_model(s)
     benchmarks = fit_benchmarks(model, chat, benchmarks, s)
-    out = open_out(s, "out/evaluation", [*s.data.split(","), s.reward])
+    out = distributed.open_out(s, "out/evaluation", [*s.data.split(","), s.reward])
     say(f"{about}; {sum(map(len, benchmarks.values()))} problems; writing to {out}")
     results, records = evaluate_all(model, chat, benchmarks, score, s, out, 0, "evaluation")
     write_completions(out / "completions.txt", benchmarks, records)

@@ -171,16 +171,16 @@ def _box(text, start):
 # ----------------------------------------------------------------------------------------------
 # Comparison
 
-# The forms of a plain gold and of a plain answer, as the text of a leaf: signs, brackets and a number, ...
-OPEN, CLOSE, DECIMALS = r"[-+({]*", r"[)}]*", r"(?:\d+\.?\d*|\.\d+)"
-_MIXED_NUMBER = rf"\(\d+\+\\frac\{{\d+\}}\{{\d+\}}\)"
-_FRACTION = (rf"\\frac\{{{OPEN}{DECIMALS}{CLOSE}\}}\{{{OPEN}{DECIMALS}{CLOSE}\}}"
-             rf"|{DECIMALS}(?:{CLOSE}/{OPEN}{DECIMALS})+")
-_SCIENTIFIC = rf"{DECIMALS}(?:[eE][-+]?\d+|{CLOSE}\*{OPEN}10\^\{{[-+]?\d+\}})"
-_POWER = rf"{DECIMALS}{CLOSE}\^\{{[-+]?\d+\}}"
-PLAIN_GOLD = re.compile(rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{DECIMALS}){CLOSE}[%°]?")
+# The forms of a plain gold and of a plain answer, as the text of a leaf.
+_OPEN, _CLOSE, _NUMBER = r"[-+({]*", r"[)}]*", r"(?:\d+\.?\d*|\.\d+)"
+_MIXED = r"\(\d+\+\\frac\{\d+\}\{\d+\}\)"
+_FRACTION = (rf"\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
+             rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})+")
+_SCIENTIFIC = rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}})"
+_POWER = rf"{_NUMBER}{_CLOSE}\^\{{[-+]?\d+\}}"
+PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_MIXED}|{_FRACTION}|{_NUMBER}){_CLOSE}[%°]?")
 PLAIN_ANSWER = re.compile(
-    rf"{OPEN}(?:{_MIXED_NUMBER}|{_FRACTION}|{_SCIENTIFIC}|{_POWER}|{DECIMALS}){CLOSE}[%°]?")
+    rf"{_OPEN}(?:{_MIXED}|{_FRACTION}|{_SCIENTIFIC}|{_POWER}|{_NUMBER}){_CLOSE}[%°]?")
 # A choice is a letter from A to E, whatever its case; `(B) 5`, with its value, is the choice B.
 CHOICE = re.compile("[A-Ea-e]")
 CHOICE_WITH_VALUE = re.compile(

@@ -13,7 +13,7 @@ import jinja2.nodes
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from data.problems import batch_prompt
+from data.problems import answer_section, batch_prompt
 from model import UserError, read_json
 from rollout import check_length
 
@@ -72,6 +72,15 @@ def keep_fitting(model, chat, problems, groups_of, skip_long):
         if not too_long:
             return problems
         problems = [problem for i, problem in enumerate(problems) if i not in too_long]
+
+
+def check_budget(chat, problems, budget):
+    """Raises UserError if the budget cannot hold even the bare answers to these problems."""
+    sections = [answer_section(i, "", p["answer"]) for i, p in enumerate(problems, start=1)]
+    tokens = len(chat.tokenizer.encode("\n\n".join(sections), add_special_tokens=False).ids)
+    if budget < tokens:
+        raise UserError(f"a budget of {budget} tokens cannot hold even the bare answers to {len(problems)} "
+                        f"problems (about {tokens} tokens): raise --budget or lower --n")
 
 
 def load_chat(path):

@@ -13,6 +13,7 @@ from bcr import Row, Settings, accumulate_gradient, group_advantages, policy_los
 from conftest import TINY, lines_of, metrics_of, random_model
 from data.chat import load_chat
 from data.problems import load_problems
+from evaluate import append_group
 from model import Transformer, UserError
 from reward import score
 from rollout import Completion
@@ -271,7 +272,7 @@ def test_the_shown_group_is_one_with_different_rewards(tmp_path):
     rollout = bcr.Rollout(problems, [[1], [2]], completions, list("abcd"), correct, correct.mean(axis=2))
     advantages = bcr.token_advantages(rollout, None, Settings())
     advantages[3] = np.array([0.5, 0.25])  # a fork may give each token its own
-    bcr.append_group(tmp_path / "samples.txt", 7, rollout, advantages)
+    append_group(tmp_path / "samples.txt", 7, rollout, advantages)
     text = (tmp_path / "samples.txt").read_text()
     assert "Problem 1: second" in text and "first" not in text and "advantage +0.250 to +0.500\nd" in text
 

@@ -9,7 +9,6 @@ import json
 import random
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
