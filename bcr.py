@@ -28,6 +28,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -45,7 +46,7 @@ from data.chat import check_budget, copy_tokenizer, decode, encode_chat
 from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems, write_lines
 from distributed import say
 from evaluate import flag
-from model import UserError, write_json, write_text
+from model import SharedPrompt, UserError, write_json, write_text
 from rollout import Completion
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +92,7 @@ class Settings:
     rows: int = flag(256, "completions sampled at a time; lower it if sampling runs out of memory", least=1)
     micro_tokens: int = flag(4096, "tokens in a training pass, with padding; lower it likewise", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
+    processes: int = flag(0, "processes on a CPU, one thread each; 0: one per physical core, at most 8", 0, 64)
     shard: bool = flag(False, "divide weights, gradients and AdamW's state among the processes (FSDP2)")
 
 
@@ -145,18 +147,22 @@ class Row:
 
 
 def token_logprobs(model, rows, temperature, max_logits=2**26):
-    """Log-probabilities of the completions' tokens, row after row: float32 (M,), where M is the sum of their
-    lengths. A prompt and its completion are one sequence, padded on the right.
+    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum of
+    their lengths. The prompt is computed once for all of them.
 
     The head and the softmax run over as many tokens at a time as make `max_logits` logits, and again in the
-    backward pass: the logits of all tokens, (B, L, V), are what large vocabularies run out of memory on."""
-    sequences = [row.prompt + row.tokens[:-1] for row in rows]
-    batch = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.int64)  # (B, L)
-    sampled = torch.zeros(batch.shape, dtype=torch.bool)  # positions that predict a token of the completion
-    for i, (row, sequence) in enumerate(zip(rows, sequences)):
-        batch[i, : len(sequence)] = torch.tensor(sequence)
-        sampled[i, len(row.prompt) - 1 : len(sequence)] = True
-    hidden = model.hidden(batch.to(model.device))[sampled.to(model.device)]  # (M, C)
+    backward pass: the logits of all tokens, (B, T, V), are what large vocabularies run out of memory on."""
+    B, S, T = len(rows), len(rows[0].prompt) - 1, max(len(row.tokens) for row in rows)
+    inputs = torch.zeros(B, T, dtype=torch.int64)  # the token before each token of the completion
+    sampled = torch.zeros(B, T, dtype=torch.bool)  # false: padding
+    for i, row in enumerate(rows):
+        inputs[i, : len(row.tokens)] = torch.tensor(row.prompt[-1:] + row.tokens[:-1])
+        sampled[i, : len(row.tokens)] = True
+    packed = torch.cat((torch.tensor(rows[0].prompt[:-1], dtype=torch.int64), inputs.flatten()))[None]
+    positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
+    rotation = model.rotations(positions.to(model.device))
+    hidden = model.hidden(packed.to(model.device), rotation, SharedPrompt(S, B))[0, S:]  # (B T, C)
+    hidden = hidden[sampled.flatten().to(model.device)]  # (M, C)
     targets = torch.tensor([token for row in rows for token in row.tokens], device=model.device)  # (M,)
 
     def logprobs_of(hidden, targets):
@@ -164,6 +170,8 @@ def token_logprobs(model, rows, temperature, max_logits=2**26):
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
     chunk = max(1, max_logits // model.config.vocab_size)
+    if len(targets) <= chunk:
+        return logprobs_of(hidden, targets)
     return torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False)
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
@@ -180,24 +188,30 @@ def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_hig
 
 
 def micro_batches(rows, max_tokens):
-    """The rows sorted by length and cut into batches of at most `max_tokens` tokens, padding included."""
-    batches = [[]]
-    for row in sorted(rows, key=lambda row: len(row.prompt) + len(row.tokens)):
-        if batches[-1] and (len(batches[-1]) + 1) * (len(row.prompt) + len(row.tokens)) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return [batch for batch in batches if batch]
+    """The rows of each prompt, sorted by length, in batches of at most `max_tokens` tokens with padding."""
+    batches = []
+    for prompt, group in itertools.groupby(rows, key=lambda row: row.prompt):
+        batches.append([])
+        for row in sorted(group, key=lambda row: len(row.tokens)):
+            if batches[-1] and len(prompt) + (len(batches[-1]) + 1) * len(row.tokens) > max_tokens:
+                batches.append([])
+            batches[-1].append(row)
+    return batches
 
 
 def accumulate_gradient(model, master, rows, constant, s):
-    """Adds the gradient of the loss of `rows` to master[i].grad. Returns {"loss", "gap", "gap_max"}: the
-    loss, and the sum and maximum over tokens of |logprob here - logprob in the sampler|, which is rounding.
+    """Sets master[i].grad to the gradient of the loss of `rows`, computed by all processes together. Returns
+    {"loss", "gap", "gap_max"}: the loss, and the sum and maximum over tokens of |logprob here - logprob in
+    the sampler|, which is rounding.
 
     The loss of each micro-batch is a sum divided by the same constant, so their gradients add up to the
-    gradient of the whole: the result does not depend on how the rows are divided."""
-    stats = {"loss": 0.0, "gap": 0.0, "gap_max": 0.0}
+    gradient of the whole. On a CPU they are added in float64, where sums of a few float32 numbers are exact:
+    the result does not depend on which process computes which batch."""
+    exact = torch.float64 if model.device.type == "cpu" else torch.float32
+    sums, stats = [torch.zeros_like(weight, dtype=exact) for weight in master], []
     filler = [Row([0], [0], torch.zeros(1), np.zeros(1))]
-    for batch in distributed.equal_passes(model, micro_batches(rows, s.micro_tokens), filler):
+    batches = distributed.my_share(micro_batches(rows, s.micro_tokens))
+    for batch in distributed.equal_passes(model, batches, filler):
         logprobs = token_logprobs(model, batch, s.temperature)  # (M,)
         sampler_logprobs = torch.cat([row.sampler_logprobs for row in batch]).to(model.device)
         advantages = np.concatenate([row.advantages for row in batch])
@@ -206,21 +220,17 @@ def accumulate_gradient(model, master, rows, constant, s):
         old_logprobs = sampler_logprobs if s.updates > 1 else logprobs.detach()
         loss = policy_loss(logprobs, old_logprobs, advantages, constant, s.clip_low, s.clip_high)
         loss.backward()
-        collect_gradient(model, master)
+        for total, parameter in zip(sums, model.parameters()):
+            if parameter.grad is not None:
+                total += parameter.grad
+                parameter.grad = None
         gap = (logprobs.detach() - sampler_logprobs).abs() * (advantages != 0)
-        stats["loss"] += loss.item()
-        stats["gap"] += gap.sum().item()
-        stats["gap_max"] = max(stats["gap_max"], gap.max().item())
-    return stats
-
-
-def collect_gradient(model, master):
-    """Adds bfloat16 gradients to those of the float32 master weights. Float32 models are their own master."""
-    for weight, parameter in zip(master, model.parameters()):
-        if weight is not parameter and parameter.grad is not None:
-            gradient = parameter.grad.float()
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
-            parameter.grad = None
+        stats.append((loss.item(), gap.sum().item(), gap.max().item()))
+    distributed.sum_over_processes(sums)
+    for weight, total in zip(master, sums):
+        weight.grad = total.to(weight.dtype)
+    losses, gaps, maxima = zip(*sum(distributed.all_gather(stats), []))
+    return {"loss": math.fsum(losses), "gap": math.fsum(gaps), "gap_max": max(maxima)}
 
 
 @torch.no_grad()
@@ -277,8 +287,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
                     for r, c in enumerate(completions) if advantages[r].any()]
             stats, grad_norm = {"loss": 0.0, "gap": 0.0, "gap_max": 0.0}, 0.0
             for _ in range(s.updates if rows else 0):
-                stats = accumulate_gradient(model, master, distributed.my_share(rows), constant, s)
-                distributed.sum_gradients(master)
+                stats = accumulate_gradient(model, master, rows, constant, s)
                 grad_norm = distributed.clip_gradient(master, s.grad_clip)
                 # Step.
                 if math.isfinite(grad_norm):
@@ -309,7 +318,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
 def measure(rollout, rows, stats, grad_norm):
     """The metrics of a step, except its times."""
-    parts, rewards = distributed.all_gather(stats), rollout.rewards
+    rewards = rollout.rewards
     lengths = np.array([len(c.tokens) for c in rollout.completions])
     # The mean of -logprob over the sampled tokens is an unbiased estimate of the entropy of a token, in nats.
     entropy = -sum(c.logprobs.double().sum().item() for c in rollout.completions) / lengths.sum()
@@ -320,10 +329,10 @@ def measure(rollout, rows, stats, grad_norm):
         "truncated": np.mean([c.truncated for c in rollout.completions]),
         "zero_variance": np.mean(rewards.max(axis=1) == rewards.min(axis=1)),
         "loops_per_problem": sum(map(evaluate.count_waits, rollout.texts)) / rollout.correct.size,
-        "entropy": entropy, "loss": sum(part["loss"] for part in parts), "grad_norm": grad_norm,
+        "entropy": entropy, "loss": stats["loss"], "grad_norm": grad_norm,
         "skipped": not math.isfinite(grad_norm) or not math.isfinite(entropy),
-        "logprob_gap": sum(part["gap"] for part in parts) / max(1, sum(len(row.tokens) for row in rows)),
-        "logprob_gap_max": max(part["gap_max"] for part in parts),
+        "logprob_gap": stats["gap"] / max(1, sum(len(row.tokens) for row in rows)),
+        "logprob_gap_max": stats["gap_max"],
     }
 
 
@@ -471,7 +480,7 @@ def main(argv=None):
             raise UserError("several processes need --out, so that a restart by torchrun finds the run")
         if distributed.was_restarted() and (Path(s.out) / "settings.json").is_file():
             s = dataclasses.replace(s, resume=True)
-        run(s)
+        distributed.launch(run, s, most=s.groups)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -52,8 +53,71 @@ def was_restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def find_device(name):
+    """The device of the flag --device: "auto" is cuda if available, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def launch(function, s, most):
+    """Runs function(s), on a CPU in several processes of one thread each: --processes of them or, without it,
+    one per physical core, at most 8 and at most `most`. Small operations do not divide among threads.
+
+    This process is the first; the others end when it does. Under torchrun there is nothing to start. Raises
+    ProcessEnded if another process ends, with the cause."""
+    count = s.processes or min(torch.get_num_threads(), most, 8)  # torch's default: one thread per core
+    if count == 1 or "RANK" in os.environ or find_device(s.device) != "cpu":
+        return function(s)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    others = multiprocessing.start_processes(
+        run_as, (function, s), count - 1, join=False,
+        start_method="fork" if sys.platform == "linux" else "spawn")  # fork saves the imports
+    try:
+        function(s)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        raise ProcessEnded(cause_of_end(others)) from None
+    finally:
+        for process in others.processes:
+            process.kill()
+
+
+def run_as(index, function, s):
+    """The work of a process that `launch` starts."""
+    os.environ["RANK"] = str(index + 1)
+    function(s)
+    dist.barrier()
+
+
+class ProcessEnded(Exception):
+    """Another process of the run ended before its work was done."""
+
+
+def cause_of_end(others):
+    """Why one of the processes ended, as a sentence. An error the user can fix is raised again."""
+    try:
+        others.join(timeout=10)
+    except multiprocessing.ProcessRaisedException as error:
+        *_, line = str(error).strip().splitlines()
+        if line.startswith("model.UserError: "):
+            raise UserError(line.removeprefix("model.UserError: ")) from None
+        raise  # a bug keeps its traceback
+    except multiprocessing.ProcessExitedException as error:
+        how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
+        return (f"process {error.error_index + 1} {how}. Saved files are intact. Fix the problem and rerun with "
+                "--resume --out DIR")
+    return "another process ended"
+
+
 def start(device):
     """Joins the process group and returns the device of this process: "cpu" or "cuda:i"."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # rounding depends on it, and small operations do not divide
     if world_size() == 1 or dist.is_initialized():
         return device
     if device.startswith("cuda"):
@@ -112,18 +176,20 @@ def sample(model, prompts, samples, budget, title="", **options):
     return [next(parts[p % len(parts)]) for p in range(len(prompts)) for _ in range(samples)]
 
 
-def my_share(rows):
-    """This process's share of the rows, which are sorted by length first: all shares take about as long."""
-    return sorted(rows, key=lambda row: len(row.prompt) + len(row.tokens))[rank()::world_size()]
+def my_share(batches):
+    """This process's share of the micro-batches, which are sorted by size first: all shares take about as
+    long."""
+    def tokens(batch):
+        return len(batch[0].prompt) + sum(len(row.tokens) for row in batch)
+
+    return sorted(batches, key=tokens, reverse=True)[rank()::world_size()]
 
 
-def sum_gradients(weights):
-    """Adds up the gradients of all processes, in place. FSDP2 has already done so for sharded weights."""
-    if world_size() == 1 or isinstance(weights[0], DTensor):
-        return
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        dist.all_reduce(weight.grad)
+def sum_over_processes(sums):
+    """Adds up the tensors of all processes, in place. FSDP2 has already done so for sharded weights."""
+    if world_size() > 1 and not isinstance(sums[0], DTensor):
+        for total in sums:
+            dist.all_reduce(total)
 
 
 def clip_gradient(weights, max_norm):
@@ -148,6 +214,8 @@ def readable_errors(program):
             dist.destroy_process_group()
     except UserError as error:
         fail(program, error)
+    except ProcessEnded as error:
+        fail(program, error, status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a directory that was removed
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""
         fail(program, f"{getattr(error, 'strerror', None) or error}{where}. Saved files are intact. Fix the "
@@ -269,7 +337,7 @@ def open_out(s, default, files, may_change=()):
         settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists, as in the file
         settings["sha256"] = fingerprints([file for file in files if file], s.model)
         if s.resume:
-            check_resumed(s.out, settings, {"resume", "out", "rows", *may_change})
+            check_resumed(s.out, settings, {"resume", "out", "rows", "processes", *may_change})
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is in use: name a new directory, or add --resume to continue it")
         else:

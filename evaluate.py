@@ -65,6 +65,7 @@ class EvaluationSettings:
     resume: bool = flag(False, "continue the evaluation in --out; finished files and N are not repeated")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if available")
     dtype: str = flag("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
+    processes: int = flag(0, "processes on a CPU, one thread each; 0: one per physical core, at most 8", 0, 64)
     rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)
 
 
@@ -425,9 +426,7 @@ def solve(s):
 
 def load_model(s, checkpointing=False, shard=False):
     """The model, its Chat, and a line about them, by the settings `model`, `device` and `dtype`."""
-    device, dtype = s.device, s.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = distributed.find_device(s.device), s.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     device = distributed.start(device)
@@ -595,7 +594,7 @@ def leave_out_long(model, chat, problems, groups_of, skip_long):
 def main(argv=None):
     with distributed.readable_errors("evaluate.py"):
         s = parse_flags(EvaluationSettings, __doc__, argv)
-        (solve if s.solve else run)(s)
+        distributed.launch(solve if s.solve else run, s, most=8)
 
 
 if __name__ == "__main__":

@@ -40,56 +40,80 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_normalize(x, self.eps) * self.weight
 
 
-def rotate(x, cos, sin):
+def rms_normalize(x, eps):
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rotate(x, rotation):
     """RoPE in Hugging Face's layout: channel i is paired with channel i + D/2. x: (B, heads, T, D);
-    the sign of the first half of sin is flipped."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    rotation: cosines and sines (2, B, 1, T, D), where the sign of the first half of the sines is flipped."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.layer, self.head_dim, self.eps = layer, c.head_dim, c.rms_norm_eps
+        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.qkv_proj = nn.Linear(c.hidden_size, sum(c.part_sizes()["qkv_proj"]), bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, rotation, cache):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.update(self.layer, k, v)  # everything this row has seen so far
-        if mask is not None:
-            # One new token: the H/K heads that share a key/value head are its queries; nothing is repeated.
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, -1, T, self.head_dim)
-        else:
-            shared = q.shape[1] // k.shape[1]
-            if shared > 1:
-                k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)  # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        H, K, D = self.heads, self.kv_heads, self.head_dim
+        qkv = self.qkv_proj(x).view(B, T, -1, D).transpose(1, 2)  # (B, H + 2K, T, D)
+        qk, v = qkv.split((H + K, K), dim=1)
+        if self.q_norm is not None:
+            weight = torch.cat((self.q_norm.weight.expand(H, 1, D), self.k_norm.weight.expand(K, 1, D)))
+            qk = rms_normalize(qk, self.eps) * weight
+        q, k = rotate(qk, rotation).split((H, K), dim=1)  # (B, H, T, D), (B, K, T, D)
+        # A cache decides what the queries attend to: see SharedPrompt, and Cache in rollout.py.
+        y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(D)) v over the past of each token. q: (B, H, T, D); k, v: (B, K, T, D)."""
+    shared = q.shape[1] // k.shape[1]  # query heads for each key/value head
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class SharedPrompt:
+    """Takes the place of a cache for B sequences that begin with the same S tokens: (1, S + B T) tokens, the S
+    once and then the T other tokens of each sequence. Attention sees B complete sequences; all else is
+    computed once for the S tokens."""
+
+    def __init__(self, prompt, sequences):
+        self.prompt, self.sequences = prompt, sequences  # S, B
+
+    def attend(self, layer, q, k, v):
+        y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
+        prompt, others = y[:1, :, :self.prompt], y[:, :, self.prompt:].transpose(0, 1)
+        return torch.cat((prompt, others.flatten(1, 2)[None]), dim=2)
+
+    def unpack(self, x):
+        """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
+        prompt, others = x[:, :, :self.prompt], x[0, :, self.prompt:]
+        others = others.unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
+        return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -100,8 +124,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, rotation, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -130,24 +154,28 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.model.embed_tokens.weight.dtype
 
-    def hidden(self, tokens, positions=None, cache=None):
+    def rotations(self, positions):
+        """RoPE's cosines and sines. positions: (..., T) -> (2, ..., T, D)."""
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None] * self.frequencies  # (..., T, D/2)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+    def hidden(self, tokens, rotation=None, cache=None):
         """Normalized last hidden states. tokens: (B, T) int64 -> (B, T, C).
 
         Without `cache` each row is a whole sequence, padded on the right if necessary: attention is causal,
-        so the padding changes nothing before it. With `cache` each row continues what the cache holds, at
-        `positions` (B, T)."""
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        so the padding changes nothing before it. With `cache` each row continues what the cache holds.
+        rotation: `rotations` of the tokens' positions, (2, B, T, D); the default is positions 0 .. T-1."""
+        if rotation is None:
+            rotation = self.rotations(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        rotation = rotation[:, :, None]  # (2, B or 1, 1, T, D)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
-        self.frequencies = self.frequencies.to(tokens.device)
-        angles = (positions[..., None] * self.frequencies)[:, None]  # (B, 1, T, D/2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B, 1, T, D)
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+                x = checkpoint(block, x, rotation, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, rotation, cache)
         return self.model.norm(x)
 
     def head(self, hidden):
@@ -155,9 +183,9 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings
         return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
-    def forward(self, tokens, positions=None, cache=None):
-        """tokens: (B, T) int64 -> logits (B, T, V). See `hidden` for `positions` and `cache`."""
-        return self.head(self.hidden(tokens, positions, cache))
+    def forward(self, tokens, positions=None):
+        """tokens: (B, T) int64 -> logits (B, T, V). positions: (B, T), by default 0 .. T-1 in each row."""
+        return self.head(self.hidden(tokens, None if positions is None else self.rotations(positions)))
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
@@ -180,7 +208,7 @@ class Transformer(nn.Module):
         5 and the engines built on them load it as it is."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(self.state_dict(), path, metadata={"format": "pt"})
+        save_torch_state_dict(split_parts(self), path, metadata={"format": "pt"})
         write_json(path / "config.json", self.config.to_hf(self.dtype))
 
 
@@ -202,13 +230,37 @@ def rope_frequencies(config):
 # ----------------------------------------------------------------------------------------------
 # Weights of a Hugging Face directory
 
+# Projections of the same input are one parameter here, so that they are one product, and several in files.
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def whole_and_parts(name):
+    """The name of a parameter of the model, and its names in files, from any of them."""
+    for whole, parts in PARTS.items():
+        for word in (whole, *parts):
+            if f".{word}." in name:
+                return name.replace(word, whole), [name.replace(word, part) for part in parts]
+    return name, [name]
+
+
+def split_parts(model):
+    """The parameters of a model by their names in files."""
+    state, sizes = {}, model.config.part_sizes()
+    for name, tensor in model.state_dict().items():
+        parts = whole_and_parts(name)[1]
+        if len(parts) > 1:  # copies: safetensors does not save views of one tensor
+            tensor = [part.clone() for part in tensor.split(sizes[name.split(".")[-2]])]
+        state |= zip(parts, tensor if len(parts) > 1 else [tensor])
+    return state
+
 
 def read_weights(path, model, device="cpu"):
     """Yields (name, tensor) for each parameter of `model`, from the safetensors files of directory `path`.
+    Parameters that are stored as one are joined (see PARTS).
 
     Raises UserError if a file is missing or damaged, or if a tensor is missing, unexpected, of the wrong
     shape, not of a floating-point type or not finite. The message names it."""
-    expected, found = {name: tuple(p.shape) for name, p in model.state_dict().items()}, set()
+    expected, found = {name: tuple(p.shape) for name, p in split_parts(model).items()}, {}
     for file in weight_files(Path(path)):
         try:
             with safe_open(file, framework="pt", device=str(device)) as weights:
@@ -223,13 +275,15 @@ def read_weights(path, model, device="cpu"):
                     if shape != expected[name]:
                         raise UserError(
                             f"{file}: {name} has shape {shape}, but config.json asks for {expected[name]}")
-                    tensor = weights.get_tensor(name)
-                    check_tensor(file, name, tensor)
-                    found.add(name)
-                    yield name, tensor
+                    found[name] = weights.get_tensor(name)
+                    check_tensor(file, name, found[name])
+                    whole, parts = whole_and_parts(name)
+                    if all(found.get(part) is not None for part in parts):
+                        yield whole, torch.cat([found[part] for part in parts])
+                        found |= dict.fromkeys(parts)  # frees them
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
-    if missing := sorted(expected.keys() - found):
+    if missing := sorted(expected.keys() - found.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{path} lacks the tensor {missing[0]}{more}")
 
@@ -363,6 +417,11 @@ class Config:
         if config.head_dim % 2:
             raise UserError(f"config.json: head_dim {config.head_dim} is odd; RoPE needs an even one")
         return config
+
+    def part_sizes(self):
+        """The outputs of the projections that are one parameter (see PARTS)."""
+        queries, keys = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
+        return {"qkv_proj": (queries, keys, keys), "gate_up_proj": (self.intermediate_size,) * 2}
 
     def to_hf(self, dtype):
         """config.json for a model whose weights have torch type `dtype`. RoPE and the type are written in

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model import UserError
+from model import UserError, causal_attention
 
 
 @dataclass
@@ -39,7 +40,7 @@ def uniforms(seed, step, prompt, sample, count):
 
 class Cache:
     """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each row at
-    its own position. Attention sees the filled part only."""
+    its own position. Attention sees the first `filled` tokens only."""
 
     def __init__(self, config, rows, length, dtype, device):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
@@ -55,49 +56,76 @@ class Cache:
         self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), added to the scores
         return self
 
-    def update(self, layer, k, v):
-        n, filled = len(self.rows), self.mask.shape[-1]
+    def attend(self, layer, q, k, v):
+        """Adds k and v (n, K, 1, D) of a new token; its q (n, H, 1, D) attends to all tokens of its row."""
+        n, K, _, D = k.shape
+        filled = self.mask.shape[-1]
         self.k[layer][self.rows, :, self.positions] = k[:, :, 0]  # (n, K, D)
         self.v[layer][self.rows, :, self.positions] = v[:, :, 0]
-        return self.k[layer, :n, :, :filled], self.v[layer, :n, :, :filled], self.mask
+        k, v = self.k[layer, :n, :, :filled], self.v[layer, :n, :, :filled]  # (n, K, T, D)
+        q = q.reshape(n, K, -1, D)  # the H/K heads that share a key/value head are its queries
+        if q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).reshape(n, -1, 1, D)
+        # On a CPU the values are added up in blocks of 256 keys. Longer products round differently, and what
+        # a row computes must not depend on `filled`, which is the length of the longest row next to it.
+        weights = torch.softmax((q * D**-0.5) @ k.mT + self.mask, dim=-1)  # (n, K, H/K, T)
+        y = sum(w @ block for w, block in zip(weights.split(256, dim=3), v.split(256, dim=2)))
+        return y.reshape(n, -1, 1, D)
 
 
 class Prefix:
-    """Takes the place of a cache while prompts are computed: it keeps each layer's keys and values."""
+    """Takes the place of a cache while a prompt is computed: it keeps each layer's keys and values."""
 
     def __init__(self):
-        self.k, self.v = [], []  # for each layer: (P, K, T, D)
+        self.k, self.v = [], []  # for each layer: (1, K, T, D)
 
-    def update(self, layer, k, v):
+    def attend(self, layer, q, k, v):
         self.k.append(k)
         self.v.append(v)
-        return k, v, None  # no mask: plain causal attention
+        return causal_attention(q, k, v)
 
 
-def prefill(model, prompts):
-    """Keys and values of all but the last token of each prompt (sampling feeds that one): one pair of
-    (L, K, T, D) for each. Padding is on the right, where causal attention ignores it."""
-    c, longest = model.config, max((len(prompt) - 1 for prompt in prompts), default=0)
-    if not longest:
+def prefill(model, prompt):
+    """Keys and values, two (L, K, T, D), of all but the last token of a prompt: sampling feeds that one.
+
+    Prompts are computed one at a time: next to others, a prompt would be padded and round differently."""
+    c, prefix = model.config, Prefix()
+    if len(prompt) == 1:
         empty = torch.zeros(c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim, dtype=model.dtype)
-        return [(empty.to(model.device), empty.to(model.device)) for _ in prompts]
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-    prefix = Prefix()
-    model.hidden(tokens.to(model.device), cache=prefix)
-    k, v = torch.stack(prefix.k, dim=1), torch.stack(prefix.v, dim=1)  # (P, L, K, T, D)
-    return [(k[row, :, :, :len(prompt) - 1], v[row, :, :, :len(prompt) - 1])
-            for row, prompt in enumerate(prompts)]
+        return empty.to(model.device), empty.to(model.device)
+    model.hidden(torch.tensor([prompt[:-1]], device=model.device), cache=prefix)
+    return torch.cat(prefix.k), torch.cat(prefix.v)
 
 
-# How often the host looks for rows that ended, in tokens, and the multiples to which the numbers of rows and
-# of cached tokens are rounded up: a GPU should neither wait for the host nor see many shapes.
-PACE = {"cpu": (1, 1, 1), "cuda": (8, 32, 256)}
+# How often the host looks for rows that ended, in tokens, and the multiple to which the number of cached
+# tokens is rounded up: a GPU should neither wait for the host nor see many shapes.
+PACE = {"cpu": (1, 16), "cuda": (8, 256)}
 
 
-def round_up(value, multiple, most):
+def round_up(value, multiple, most=2**62):
     return min(-(-value // multiple) * multiple, most)
+
+
+def row_multiple(model):
+    """The multiple to which the number of rows in a step is rounded up.
+
+    On a GPU it keeps the shapes few. On a CPU it is the smallest multiple at which a product of this model
+    gives a row the same bits whatever the number of rows: small products use other kernels, which round
+    differently. Measured on a processor with AVX-512 it is 16, and 64 with AVX2."""
+    if model.device.type == "cuda":
+        return 32
+    layer = model.model.layers[0]
+    weights = [p for p in layer.parameters() if p.dim() == 2]
+    for multiple in (16, 32):
+        if all(rows_round_alike(weight, multiple) for weight in weights):
+            return multiple
+    return 64
+
+
+def rows_round_alike(weight, multiple, most=192):
+    x = torch.linspace(-1, 1, most * weight.shape[1], dtype=weight.dtype).cos().view(most, -1)
+    product = F.linear(x, weight)  # (most, outputs)
+    return all(torch.equal(F.linear(x[:rows], weight), product[:rows]) for rows in range(multiple, most, multiple))
 
 
 def captured(step):
@@ -127,6 +155,7 @@ class Rows:
         device = model.device
         self.n = 0
         self.cache = Cache(model.config, rows, length, model.dtype, device)
+        self.rotations = model.rotations(torch.arange(length, device=device))  # (2, length, D)
         self.noise = torch.zeros(rows, budget + 1, dtype=torch.float64, device=device)
         # The last column takes the writes of rows that are done.
         self.tokens = torch.zeros(rows, budget + 1, dtype=torch.int64, device=device)
@@ -172,7 +201,8 @@ def sample_token(model, rows, eos, budget, temperature, n, filled):
     """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn for
     it. Rows that are not alive do not move. Nothing here waits for the host."""
     cache = rows.cache.at(rows.position[:n], filled)
-    hidden = model.hidden(rows.last[:n, None], rows.position[:n, None], cache)[:, 0]  # (n, C)
+    rotation = rows.rotations[:, rows.position[:n, None]]  # (2, n, 1, D)
+    hidden = model.hidden(rows.last[:n, None], rotation, cache)[:, 0]  # (n, C)
     logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
     if temperature:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
@@ -197,14 +227,15 @@ def check_length(model, tokens, budget):
                         "of this model: lower the budget or N")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0, prompt_keys=None,
              max_rows=256, on_finished=lambda: None):
     """Samples `samples` completions of each prompt, of at most `budget` tokens each.
 
     prompts: P lists of token ids. prompt_keys: P integers that identify the prompts in the random stream
     (default 0..P-1). temperature: 0 takes the most likely token and reports its logprob at temperature 1.
-    max_rows: how many completions are sampled at a time. on_finished(): called when a completion ends.
+    max_rows: how many completions are sampled at a time (on a CPU rounded up, see `row_multiple`).
+    on_finished(): called when a completion ends.
 
     Returns P * samples Completions in the order (prompt, sample). Raises UserError as `check_length` does."""
     longest = max(len(prompt) for prompt in prompts)
@@ -212,15 +243,17 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
     finished = [None] * (len(prompts) * samples)
     waiting = deque(range(len(finished)))  # job j is sample j % samples of prompt j // samples
-    max_rows = min(max_rows, len(finished))
-    rows = Rows(model, max_rows, budget, longest + budget)
+    (look_every, length_multiple), at_once = PACE[model.device.type], row_multiple(model)
+    max_rows, length = min(max_rows, len(finished)), longest + budget
+    if model.device.type == "cpu":  # memory for complete multiples, so that no step has a remainder
+        max_rows, length = round_up(max_rows, at_once), round_up(length, length_multiple)
+    rows = Rows(model, max_rows, budget, length)
     eos = torch.tensor(eos_ids, device=model.device)
 
     def one_token(n, filled):
         sample_token(model, rows, eos, budget, temperature, n, filled)
 
     step_of = captured(one_token) if model.device.type == "cuda" else one_token
-    look_every, row_multiple, length_multiple = PACE[model.device.type]
     prefixes, since = {}, 0
     while rows.n or waiting:
         # Fill the free rows once a whole group fits (or, if there are fewer rows, once all are free).
@@ -231,13 +264,13 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
             jobs = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             owners = [job // samples for job in jobs]
             fresh = sorted(set(owners) - prefixes.keys())
-            prefixes |= zip(fresh, prefill(model, [prompts[p] for p in fresh]))
+            prefixes |= {p: prefill(model, prompts[p]) for p in fresh}
             noise = [uniforms(seed, step, keys[job // samples], job % samples, budget) for job in jobs]
             rows.add(jobs, [prompts[p] for p in owners], [prefixes[p] for p in owners], noise)
             prefixes = {p: prefixes[p] for p in {job // samples for job in waiting} & prefixes.keys()}
 
-        filled = round_up(int(rows.reach[:rows.n].max()) + 1, length_multiple, longest + budget)
-        step_of(round_up(rows.n, row_multiple, max_rows), filled)
+        filled = round_up(int(rows.reach[:rows.n].max()) + 1, length_multiple, length)
+        step_of(round_up(rows.n, at_once, max_rows), filled)
         rows.reach[:rows.n] += 1
         since += 1
         if since < look_every:
@@ -246,9 +279,9 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
         since, done = 0, ~rows.alive[:rows.n].cpu().numpy()
         if done.any():
             for row in done.nonzero()[0]:
-                length = int(rows.count[row])
-                tokens = rows.tokens[row, :length].tolist()
-                logprobs = rows.logprobs[row, :length].to("cpu", copy=True)
+                count = int(rows.count[row])
+                tokens = rows.tokens[row, :count].tolist()
+                logprobs = rows.logprobs[row, :count].to("cpu", copy=True)
                 finished[rows.job[row]] = Completion(tokens, logprobs, tokens[-1] not in eos_ids)
                 on_finished()
             rows.remove(done)
