@@ -480,7 +480,7 @@ def main(argv=None):
             raise UserError("several processes need --out, so that a restart by torchrun finds the run")
         if distributed.was_restarted() and (Path(s.out) / "settings.json").is_file():
             s = dataclasses.replace(s, resume=True)
-        distributed.launch(run, s, most=s.groups)
+        distributed.launch("bcr.py", run, s, most=s.groups)
 
 
 if __name__ == "__main__":

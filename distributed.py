@@ -14,12 +14,14 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
@@ -33,7 +35,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data.chat import find_model
-from model import Transformer, UserError, read_json, read_weights, weight_files, write_json
+from model import (
+    Transformer, UserError, join_parts, read_json, read_weights, weight_files, write_json)
 from rollout import generate
 
 # ----------------------------------------------------------------------------------------------
@@ -60,12 +63,11 @@ def find_device(name):
     return name
 
 
-def launch(function, s, most):
+def launch(program, function, s, most):
     """Runs function(s), on a CPU in several processes of one thread each: --processes of them or, without it,
     one per physical core, at most 8 and at most `most`. Small operations do not divide among threads.
 
-    This process is the first; the others end when it does. Under torchrun there is nothing to start. Raises
-    ProcessEnded if another process ends, with the cause."""
+    This process is the first one, and the others end with it. Under torchrun there is nothing to start."""
     count = s.processes or min(torch.get_num_threads(), most, 8)  # torch's default: one thread per core
     if count == 1 or "RANK" in os.environ or find_device(s.device) != "cpu":
         return function(s)
@@ -74,17 +76,23 @@ def launch(function, s, most):
                    "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     others = multiprocessing.start_processes(
         run_as, (function, s), count - 1, join=False,
-        start_method="fork" if sys.platform == "linux" else "spawn")  # fork saves the imports
+        start_method="fork" if sys.platform == "linux" else "spawn")  # a fork need not import again
+    finished = threading.Event()
+    watcher = threading.Thread(target=watch, args=(program, others, finished), daemon=True)
+    watcher.start()
     try:
         function(s)
         dist.barrier()
     except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        raise ProcessEnded(cause_of_end(others)) from None
+        if "by peer" in str(error):
+            watcher.join(10)  # it knows why the other process ended
+        raise
     finally:
+        finished.set()
+        watcher.join(1)  # the others end by themselves, after the same work or with the same error
         for process in others.processes:
             process.kill()
+        watcher.join()
 
 
 def run_as(index, function, s):
@@ -94,24 +102,23 @@ def run_as(index, function, s):
     dist.barrier()
 
 
-class ProcessEnded(Exception):
-    """Another process of the run ended before its work was done."""
-
-
-def cause_of_end(others):
-    """Why one of the processes ended, as a sentence. An error the user can fix is raised again."""
+def watch(program, others, finished):
+    """Ends this process, with the cause, if one of the others ends before the work is done."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    status = 1
     try:
-        others.join(timeout=10)
+        while not others.join(grace_period=1):
+            pass
+        return
     except multiprocessing.ProcessRaisedException as error:
-        *_, line = str(error).strip().splitlines()
-        if line.startswith("model.UserError: "):
-            raise UserError(line.removeprefix("model.UserError: ")) from None
-        raise  # a bug keeps its traceback
+        cause = str(error).strip()
+        if "\nmodel.UserError: " in cause:
+            cause, status = cause.rpartition("\nmodel.UserError: ")[2], 2
     except multiprocessing.ProcessExitedException as error:
-        how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-        return (f"process {error.error_index + 1} {how}. Saved files are intact. Fix the problem and rerun with "
-                "--resume --out DIR")
-    return "another process ended"
+        cause = (f"process {error.error_index + 1} of {world_size()} ended ({error.signal_name or error.exit_code}). "
+                 "Saved files are intact: rerun with --resume --out DIR")
+    if not finished.wait(2):  # this process has not failed likewise
+        fail(program, cause, status)
 
 
 def start(device):
@@ -214,8 +221,6 @@ def readable_errors(program):
             dist.destroy_process_group()
     except UserError as error:
         fail(program, error)
-    except ProcessEnded as error:
-        fail(program, error, status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a directory that was removed
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""
         fail(program, f"{getattr(error, 'strerror', None) or error}{where}. Saved files are intact. Fix the "
@@ -254,7 +259,8 @@ def finish_first():
 
 
 def fail(program, message, status=2):
-    process = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
+    several = "TORCHELASTIC_RUN_ID" in os.environ  # under torchrun each process may print
+    process = f" (process {rank()} of {world_size()})" if several else ""
     print(f"{program}: error: {message}{process}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # an orderly exit would wait for collectives that other processes have begun
@@ -282,7 +288,7 @@ def load_sharded(path, dtype, device):
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     register_fsdp_forward_method(model, "hidden")  # what `head` needs stays gathered until backward
     shares, state = model.state_dict(), {}
-    for name, tensor in read_weights(path, model, device):
+    for name, tensor in join_parts(read_weights(path, model, device)):
         # Each process has read the whole tensor and keeps its part: nothing is sent.
         placement = shares[name].device_mesh, shares[name].placements
         state[name] = distribute_tensor(tensor.float(), *placement, src_data_rank=None)

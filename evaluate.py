@@ -594,7 +594,7 @@ def leave_out_long(model, chat, problems, groups_of, skip_long):
 def main(argv=None):
     with distributed.readable_errors("evaluate.py"):
         s = parse_flags(EvaluationSettings, __doc__, argv)
-        distributed.launch(solve if s.solve else run, s, most=8)
+        distributed.launch("evaluate.py", solve if s.solve else run, s, most=8)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def rotate(x, rotation):
     """RoPE in Hugging Face's layout: channel i is paired with channel i + D/2. x: (B, heads, T, D);
     rotation: cosines and sines (2, B, 1, T, D), where the sign of the first half of the sines is flipped."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -95,13 +95,13 @@ class SharedPrompt:
 
     def attend(self, layer, q, k, v):
         y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
-        prompt, others = y[:1, :, :self.prompt], y[:, :, self.prompt:].transpose(0, 1)
-        return torch.cat((prompt, others.flatten(1, 2)[None]), dim=2)
+        prompt, others = y.split((self.prompt, y.shape[2] - self.prompt), dim=2)
+        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
 
     def unpack(self, x):
         """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
-        prompt, others = x[:, :, :self.prompt], x[0, :, self.prompt:]
-        others = others.unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
+        prompt, others = x.split((self.prompt, x.shape[2] - self.prompt), dim=2)
+        others = others[0].unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
         return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
 
 
@@ -193,7 +193,8 @@ class Transformer(nn.Module):
         model.safetensors.index.json. Memory holds the weights once. Raises UserError, naming the file, field
         or tensor (see `read_weights` and `Config.from_hf`)."""
         model = cls.empty(path)
-        state = {name: tensor.to(dtype) for name, tensor in read_weights(path, model, device)}
+        weights = join_parts(read_weights(path, model, device))
+        state = {name: tensor.to(dtype) for name, tensor in weights}
         model.load_state_dict(state, strict=True, assign=True)
         return model.requires_grad_(True)
 
@@ -243,6 +244,17 @@ def whole_and_parts(name):
     return name, [name]
 
 
+def join_parts(tensors):
+    """(name, tensor) pairs with names in files -> pairs with names of the model's parameters."""
+    found = {}
+    for name, tensor in tensors:
+        whole, parts = whole_and_parts(name)
+        found[name] = tensor
+        if all(part in found for part in parts):
+            joined = [found.pop(part) for part in parts]
+            yield whole, torch.cat(joined) if len(joined) > 1 else tensor
+
+
 def split_parts(model):
     """The parameters of a model by their names in files."""
     state, sizes = {}, model.config.part_sizes()
@@ -255,12 +267,12 @@ def split_parts(model):
 
 
 def read_weights(path, model, device="cpu"):
-    """Yields (name, tensor) for each parameter of `model`, from the safetensors files of directory `path`.
-    Parameters that are stored as one are joined (see PARTS).
+    """Yields (name, tensor) for each tensor of the safetensors files of directory `path`: together they are
+    the parameters of `model`.
 
     Raises UserError if a file is missing or damaged, or if a tensor is missing, unexpected, of the wrong
     shape, not of a floating-point type or not finite. The message names it."""
-    expected, found = {name: tuple(p.shape) for name, p in split_parts(model).items()}, {}
+    expected, found = {name: tuple(p.shape) for name, p in split_parts(model).items()}, set()
     for file in weight_files(Path(path)):
         try:
             with safe_open(file, framework="pt", device=str(device)) as weights:
@@ -275,15 +287,13 @@ def read_weights(path, model, device="cpu"):
                     if shape != expected[name]:
                         raise UserError(
                             f"{file}: {name} has shape {shape}, but config.json asks for {expected[name]}")
-                    found[name] = weights.get_tensor(name)
-                    check_tensor(file, name, found[name])
-                    whole, parts = whole_and_parts(name)
-                    if all(found.get(part) is not None for part in parts):
-                        yield whole, torch.cat([found[part] for part in parts])
-                        found |= dict.fromkeys(parts)  # frees them
+                    tensor = weights.get_tensor(name)
+                    check_tensor(file, name, tensor)
+                    found.add(name)
+                    yield name, tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
-    if missing := sorted(expected.keys() - found.keys()):
+    if missing := sorted(expected.keys() - found):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{path} lacks the tensor {missing[0]}{more}")
 

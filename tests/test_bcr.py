@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import bcr
-from bcr import Row, Settings, accumulate_gradient, group_advantages, policy_loss, token_logprobs
+from bcr import (
+    Row, Settings, accumulate_gradient, group_advantages, micro_batches, policy_loss, token_logprobs)
 from conftest import TINY, lines_of, metrics_of, random_model
 from data.chat import load_chat
 from data.problems import load_problems
@@ -89,12 +90,13 @@ def test_nothing_depends_on_the_micro_batch_size(rows, updates):
 
 
 def test_micro_batches_hold_every_row_once_and_keep_their_size():
-    """Rows are lost or trained twice, or a pass needs more memory than was asked for."""
+    """Rows are lost or trained twice, a pass needs more memory than was asked for, or completions are
+    computed after another prompt."""
     rows = [Row([1, 2], [3] * length, None, None) for length in (5, 80, 3, 40, 41, 9, 200)]
-    batches = bcr.micro_batches(rows, 100)
-    assert sorted(len(row.tokens) for batch in batches for row in batch) == [3, 5, 9, 40, 41, 80, 200]
-    assert all(len(batch) * (2 + len(batch[-1].tokens)) <= 100 for batch in batches if len(batch) > 1)
-    assert len(batches) == 4 and bcr.micro_batches([], 100) == []
+    rows += [Row([1, 3], [3] * length, None, None) for length in (6, 4)]
+    lengths = [[len(row.tokens) for row in batch] for batch in micro_batches(rows, 100)]
+    assert lengths == [[3, 5, 9], [40, 41], [80], [200], [4, 6]]
+    assert micro_batches([], 100) == []
 
 
 def test_more_than_one_update_clips_against_the_sampler():
@@ -127,7 +129,7 @@ def test_logprobs_and_gradient_are_those_of_the_textbook(rows, family, checkpoin
     model.zero_grad()
     model.checkpointing, expected = checkpointing, torch.cat(expected)
     for logits in (1, 500, 2**26):
-        found = token_logprobs(model, rows, 0.8, logits)
+        found = torch.cat([token_logprobs(model, batch, 0.8, logits) for batch in micro_batches(rows, 10**6)])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     s = Settings(micro_tokens=60, temperature=0.8)
     stats = accumulate_gradient(model, list(model.parameters()), rows, 1000, s)

@@ -23,14 +23,15 @@ from rollout import generate
 # Shares
 
 
-def test_processes_share_the_rows_evenly(monkeypatch):
-    """A row is lost or learned twice, or one process has all the long rows while the others wait."""
+def test_processes_share_the_batches_evenly(monkeypatch):
+    """A batch is lost or learned twice, or one process has all the long ones while the others wait."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    rows, shares = [Row([1], [2] * length, None, None) for length in (10, 900, 30, 500, 400, 20)], []
+    batches = [[Row([1], [2] * length, None, None)] for length in (10, 900, 30, 500, 400, 20)]
+    shares = []
     for rank in "012":
         monkeypatch.setenv("RANK", rank)
-        shares.append([len(row.tokens) for row in distributed.my_share(rows)])
-    assert shares == [[10, 400], [20, 500], [30, 900]]
+        shares.append([len(batch[0].tokens) for batch in distributed.my_share(batches)])
+    assert shares == [[900, 30], [500, 20], [400, 10]]
 
 
 def test_samples_of_all_processes_are_joined_in_order(monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import rollout
 from conftest import random_model
 from model import UserError
 from rollout import PACE, generate, uniforms
@@ -34,17 +35,22 @@ def test_recorded_logprobs_equal_a_full_forward_pass(kind, temperature):
         torch.testing.assert_close(completion.logprobs, full, atol=1e-4, rtol=0)
 
 
-def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours():
+def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours(monkeypatch):
     """Draws depend on rows or refills, or a cache leaks into another row: a run would not repeat on another
-    machine. With few rows they are refilled many times; then each prompt is sampled alone under its key."""
+    machine. With few rows they are refilled many times; then each prompt is sampled alone under its key. On
+    a CPU whose products are rounded up to `row_multiple` rows, not a bit of the logprobs differs."""
     model, options = random_model(), dict(eos_ids=EOS, seed=3, step=5)
-    together = generate(model, PROMPTS, 4, 40, max_rows=64, **options)
+    together = generate(model, PROMPTS, 12, 150, max_rows=64, **options)
+    crowded = [generate(model, PROMPTS, 12, 150, max_rows=rows, **options) for rows in (1, 7, 20)]
+    alone = [generate(model, [prompt], 12, 150, prompt_keys=[p], **options)
+             for p, prompt in enumerate(PROMPTS)]
+    for completions in (*crowded, sum(alone, [])):
+        assert tokens_of(completions) == tokens_of(together)
+        assert [c.truncated for c in completions] == [c.truncated for c in together]
+        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(completions, together))
+    monkeypatch.setattr(rollout, "row_multiple", lambda model: 1)  # more refills
     for rows in (1, 5, 7):
-        crowded = generate(model, PROMPTS, 4, 40, max_rows=rows, **options)
-        assert tokens_of(crowded) == tokens_of(together)
-        assert [c.truncated for c in crowded] == [c.truncated for c in together]
-    alone = [generate(model, [prompt], 4, 40, prompt_keys=[p], **options) for p, prompt in enumerate(PROMPTS)]
-    assert tokens_of(sum(alone, [])) == tokens_of(together)
+        assert tokens_of(generate(model, PROMPTS, 12, 150, max_rows=rows, **options)) == tokens_of(together)
 
 
 def test_samples_of_a_prompt_differ():
@@ -98,11 +104,12 @@ def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]  # one token alone needs no prefill
     original = model.hidden
 
-    def counting(tokens, positions=None, cache=None):
-        (prefilled if positions is None else decoded).append(tokens.shape[0])
-        return original(tokens, positions, cache)
+    def counting(tokens, rotation=None, cache=None):
+        (prefilled if rotation is None else decoded).append(tokens.shape[0])
+        return original(tokens, rotation, cache)
 
     monkeypatch.setattr(model, "hidden", counting)
+    monkeypatch.setattr(rollout, "row_multiple", lambda model: 1)
     for rows in (3, 8, 64):
         prefilled.clear(), decoded.clear(), ended.clear()
         completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
@@ -133,8 +140,9 @@ def test_rows_that_ended_between_two_looks_leave_no_trace(monkeypatch):
     its EOS, or a free row does at all, changes the result. The CPU runs at the same pace here."""
     model, options = random_model(), dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=7)
     expected = generate(model, PROMPTS, 3, 20, **options)
-    for pace in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
-        monkeypatch.setitem(PACE, "cpu", pace)
+    for look_every, row_multiple, length_multiple in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
+        monkeypatch.setitem(PACE, "cpu", (look_every, length_multiple))
+        monkeypatch.setattr(rollout, "row_multiple", lambda model: row_multiple)
         for ours, theirs in zip(generate(model, PROMPTS, 3, 20, **options), expected, strict=True):
             assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)
