@@ -86,6 +86,7 @@ def unsure_share(texts, golds):
                           for text, of_text in zip(texts, golds)]))
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the second is its name in processes that it starts
     bcr.token_advantages = token_advantages
+if __name__ == "__main__":
     bcr.main()

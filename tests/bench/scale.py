@@ -36,9 +36,9 @@ def ring(ranks, size):
     return (ranks - 1) / ranks * size
 
 
-def bytes_replicated(ranks, weights):
-    """An all-reduce (a reduce-scatter and a gather) of the float32 gradients."""
-    return 2 * ring(ranks, 4 * weights)
+def bytes_replicated(ranks, weights, size=4):
+    """An all-reduce (a reduce-scatter and a gather) of the gradients: float32 on a GPU, float64 on a CPU."""
+    return 2 * ring(ranks, size * weights)
 
 
 def bytes_sharded(ranks, layers, rest, passes, size, reduce=1):
@@ -100,7 +100,7 @@ def measured():
 
     model = Transformer.from_pretrained(REPO / "data/tiny/model")
     weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
-    expected = {"1 process": 0.0, "2 processes": bytes_replicated(2, weights),
+    expected = {"1 process": 0.0, "2 processes": bytes_replicated(2, weights, 8),
                 "2 processes, --shard": bytes_sharded(2, layers, weights - layers, 1, 4, reduce=2)}
     print("measured here        | steps/s | tokens/s | sampling s | training s | MB per process | expected")
     for way, steps in measure().items():

@@ -50,17 +50,18 @@ class Missing(Exception):
 
 
 def ours_sampling(spec):
+    import distributed
     import torch
     from model import Transformer
-    from rollout import generate
 
+    distributed.start("cpu")
     model = Transformer.from_pretrained(spec["model"], getattr(torch, spec["dtype"]))
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, spec.get("positions", 0))
     rows = spec["samples"] * len(spec["prompts"])
 
     def go(run, budget=spec["budget"]):
-        completions = generate(model, spec["prompts"], spec["samples"], budget, eos_ids=spec["eos_ids"],
-                               step=run, max_rows=rows)
+        completions = distributed.sample(model, spec["prompts"], spec["samples"], budget,
+                                         eos_ids=spec["eos_ids"], step=run, max_rows=rows)
         return {"tokens": sum(len(c.tokens) for c in completions)}
 
     if spec.get("fresh"):
@@ -117,12 +118,12 @@ def vllm_sampling(spec):
 def ours_step(spec):
     """A step as in bcr.train. The learning rate is 0, so that each run does the same work."""
     import bcr
+    import distributed
     import evaluate
     import numpy as np
     import torch
     from data.chat import decode
     from reward import score
-    from rollout import generate
 
     prompts, budget = spec["prompts"], spec["budget"]
     s = bcr.Settings(model=spec["model"], groups=len(prompts), samples=spec["samples"], device="cpu",
@@ -133,7 +134,7 @@ def ours_step(spec):
 
     def go(run):
         clocks = [time.perf_counter()]
-        completions = generate(model, prompts, s.samples, budget, eos_ids=chat.eos_ids, step=run)
+        completions = distributed.sample(model, prompts, s.samples, budget, eos_ids=chat.eos_ids, step=run)
         clocks.append(time.perf_counter())
         texts = decode(chat, [c.tokens for c in completions])
         golds = [[gold] for gold in spec["golds"] for _ in range(s.samples)]
@@ -378,18 +379,42 @@ def free_memory():
 
 
 def contender_process():
-    """Reads the spec from the first line of stdin, then a line for each run; answers each with JSON."""
+    """Reads the spec from the first line of stdin, then a line for each run; answers each with JSON. Ours
+    work in as many processes as bcr.py would start; the memory is that of the first."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
+    spec = json.loads(sys.stdin.readline())
+    if spec["worker"] in ("ours_sampling", "ours_step"):
+        import distributed
+
+        s = argparse.Namespace(processes=0, device="cpu", spec=spec, answers=answers)
+        distributed.launch("speed.py", contender, s, most=len(spec["prompts"]))
+    else:
+        contender(argparse.Namespace(spec=spec, answers=answers))
+
+
+def next_run():
+    """The number of the next run, from stdin; None at its end."""
+    line = sys.stdin.readline() if int(os.environ.get("RANK", 0)) == 0 else ""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import distributed
+
+        line = distributed.all_gather(line)[0]
+    return int(line) if line else None
+
+
+def contender(s):
+    spec = s.spec
 
     def answer(**what):
-        print(json.dumps(what), file=answers, flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(what), file=s.answers, flush=True)
 
-    spec = json.loads(sys.stdin.readline())
     try:
         import torch
 
-        torch.set_num_threads(spec["threads"])
+        if "RANK" not in os.environ:
+            torch.set_num_threads(spec["threads"])
         go = globals()[spec["worker"]](spec)
         loaded = kilobytes("/proc/self/status", "VmRSS")
         if not spec.get("fresh"):
@@ -397,9 +422,9 @@ def contender_process():
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak: loading does not count
         answer(versions={package.name: package.version for package in metadata.distributions()
                          if package.name in PACKAGES})
-        for line in sys.stdin:
+        while (run := next_run()) is not None:
             clock = time.perf_counter()
-            result = go(int(line))
+            result = go(run)
             result = {"seconds": time.perf_counter() - clock} | result
             peak = kilobytes("/proc/self/status", "VmHWM")
             answer(**result, tokens_per_second=result["tokens"] / result["seconds"], peak=peak,
