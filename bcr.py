@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import distributed
@@ -92,7 +93,7 @@ class Settings:
     rows: int = flag(256, "completions sampled at a time; lower it if sampling runs out of memory", least=1)
     micro_tokens: int = flag(4096, "tokens in a training pass, with padding; lower it likewise", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
-    processes: int = flag(0, "processes on a CPU, one thread each; 0: one per physical core, at most 8", 0, 64)
+    processes: int = flag(0, "processes on a CPU, of one thread; 0: one per physical core, at most 8", 0, 64)
     shard: bool = flag(False, "divide weights, gradients and AdamW's state among the processes (FSDP2)")
 
 
@@ -152,16 +153,15 @@ def token_logprobs(model, rows, temperature, max_logits=2**26):
 
     The head and the softmax run over as many tokens at a time as make `max_logits` logits, and again in the
     backward pass: the logits of all tokens, (B, T, V), are what large vocabularies run out of memory on."""
-    B, S, T = len(rows), len(rows[0].prompt) - 1, max(len(row.tokens) for row in rows)
-    inputs = torch.zeros(B, T, dtype=torch.int64)  # the token before each token of the completion
-    sampled = torch.zeros(B, T, dtype=torch.bool)  # false: padding
-    for i, row in enumerate(rows):
-        inputs[i, : len(row.tokens)] = torch.tensor(row.prompt[-1:] + row.tokens[:-1])
-        sampled[i, : len(row.tokens)] = True
-    packed = torch.cat((torch.tensor(rows[0].prompt[:-1], dtype=torch.int64), inputs.flatten()))[None]
+    S = len(rows[0].prompt) - 1
+    inputs = pad_sequence([torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows], batch_first=True)
+    B, T = inputs.shape  # each token is predicted at the one before it
+    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # false: padding
+    tokens = torch.cat((torch.tensor(rows[0].prompt[:-1], dtype=torch.int64), inputs.flatten()))[None]
     positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
     rotation = model.rotations(positions.to(model.device))
-    hidden = model.hidden(packed.to(model.device), rotation, SharedPrompt(S, B))[0, S:]  # (B T, C)
+    shared = SharedPrompt(S, B) if B > 1 else None
+    hidden = model.hidden(tokens.to(model.device), rotation, shared)[0, S:]  # (B T, C)
     hidden = hidden[sampled.flatten().to(model.device)]  # (M, C)
     targets = torch.tensor([token for row in rows for token in row.tokens], device=model.device)  # (M,)
 
@@ -231,13 +231,6 @@ def accumulate_gradient(model, master, rows, constant, s):
         weight.grad = total.to(weight.dtype)
     losses, gaps, maxima = zip(*sum(distributed.all_gather(stats), []))
     return {"loss": math.fsum(losses), "gap": math.fsum(gaps), "gap_max": max(maxima)}
-
-
-@torch.no_grad()
-def copy_weights(master, model):
-    for weight, parameter in zip(master, model.parameters()):
-        if weight is not parameter:
-            parameter.copy_(weight)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -318,8 +311,7 @@ def train(s, model, master, optimizer, chat, problems, score, out, first, metric
 
 def measure(rollout, rows, stats, grad_norm):
     """The metrics of a step, except its times."""
-    rewards = rollout.rewards
-    lengths = np.array([len(c.tokens) for c in rollout.completions])
+    rewards, lengths = rollout.rewards, np.array([len(c.tokens) for c in rollout.completions])
     # The mean of -logprob over the sampled tokens is an unbiased estimate of the entropy of a token, in nats.
     entropy = -sum(c.logprobs.double().sum().item() for c in rollout.completions) / lengths.sum()
     return {
@@ -382,6 +374,13 @@ def training_warnings(metrics):
 
 # ----------------------------------------------------------------------------------------------
 # The run
+
+
+@torch.no_grad()
+def copy_weights(master, model):
+    for weight, parameter in zip(master, model.parameters()):
+        if weight is not parameter:
+            parameter.copy_(weight)
 
 
 def groups_to_come(s, problems):

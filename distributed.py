@@ -115,8 +115,9 @@ def watch(program, others, finished):
         if "\nmodel.UserError: " in cause:
             cause, status = cause.rpartition("\nmodel.UserError: ")[2], 2
     except multiprocessing.ProcessExitedException as error:
-        cause = (f"process {error.error_index + 1} of {world_size()} ended ({error.signal_name or error.exit_code}). "
-                 "Saved files are intact: rerun with --resume --out DIR")
+        how = error.signal_name or f"status {error.exit_code}"
+        cause = (f"process {error.error_index + 1} of {world_size()} ended ({how}). Saved files are intact: "
+                 "rerun with --resume --out DIR")
     if not finished.wait(2):  # this process has not failed likewise
         fail(program, cause, status)
 

@@ -86,9 +86,9 @@ def causal_attention(q, k, v):
 
 
 class SharedPrompt:
-    """Takes the place of a cache for B sequences that begin with the same S tokens: (1, S + B T) tokens, the S
-    once and then the T other tokens of each sequence. Attention sees B complete sequences; all else is
-    computed once for the S tokens."""
+    """Takes the place of a cache for B sequences that begin with the same S tokens. The model's input is
+    (1, S + B T): the S tokens once, then the T other tokens of each sequence. Attention sees B complete
+    sequences; everything else is computed once for the S tokens."""
 
     def __init__(self, prompt, sequences):
         self.prompt, self.sequences = prompt, sequences  # S, B
@@ -430,7 +430,7 @@ class Config:
 
     def part_sizes(self):
         """The outputs of the projections that are one parameter (see PARTS)."""
-        queries, keys = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {"qkv_proj": (queries, keys, keys), "gate_up_proj": (self.intermediate_size,) * 2}
 
     def to_hf(self, dtype):

@@ -114,8 +114,7 @@ def row_multiple(model):
     differently. Measured on a processor with AVX-512 it is 16, and 64 with AVX2."""
     if model.device.type == "cuda":
         return 32
-    layer = model.model.layers[0]
-    weights = [p for p in layer.parameters() if p.dim() == 2]
+    weights = [p for p in model.model.layers[0].parameters() if p.dim() == 2]
     for multiple in (16, 32):
         if all(rows_round_alike(weight, multiple) for weight in weights):
             return multiple
@@ -123,9 +122,11 @@ def row_multiple(model):
 
 
 def rows_round_alike(weight, multiple, most=192):
+    """Whether the first rows of a product are the same for all multiples of rows up to `most`."""
     x = torch.linspace(-1, 1, most * weight.shape[1], dtype=weight.dtype).cos().view(most, -1)
     product = F.linear(x, weight)  # (most, outputs)
-    return all(torch.equal(F.linear(x[:rows], weight), product[:rows]) for rows in range(multiple, most, multiple))
+    return all(torch.equal(F.linear(x[:rows], weight), product[:rows])
+               for rows in range(multiple, most, multiple))
 
 
 def captured(step):

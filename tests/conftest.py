@@ -75,6 +75,12 @@ def start(program, *arguments, **options):
                             stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **options)
 
 
+def wait_for(line, process):
+    """Reads the output of a process up to `line`."""
+    while line not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+
+
 def status_of(main, *arguments):
     """Runs a command in this process, which saves the seconds of its imports. Returns its exit status."""
     try:

@@ -130,7 +130,8 @@ def test_a_full_disk_is_one_sentence_and_damages_nothing(finished, tmp_path, cap
 
 def test_an_out_that_vanishes_is_one_sentence(tmp_path, capsys, monkeypatch):
     """The output directory is removed during the run, and there is a traceback."""
-    monkeypatch.setattr(evaluate, "append_group", lambda path, *more: path.parent.rename(tmp_path / "elsewhere"))
+    monkeypatch.setattr(
+        evaluate, "append_group", lambda path, *more: path.parent.rename(tmp_path / "elsewhere"))
     assert status_of(bcr.main, *SMALL, "--out", tmp_path / "out") == 2
     stderr = capsys.readouterr().err
     assert len(stderr.strip().splitlines()) == 1 and "No such file" in stderr

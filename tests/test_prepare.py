@@ -133,7 +133,8 @@ def test_the_shapes_of_the_hub_become_one_schema(raw):
     assert olympiad[1]["problem"] == "Let $T=5$.\nOlympiad problem 1" and olympiad[1]["difficulty"] == 0
     table = done.stdout[done.stdout.index("file "):]
     assert re.search(rf"deepmath\.jsonl +103,019 +MIT +{re.escape(str(folder))}", table)
-    for expected in ("minerva.jsonl +272 +CC BY-NC-SA 4.0", "amc23.jsonl +40 +MAA", "math500.jsonl +500 +MIT"):
+    for expected in (
+            "minerva.jsonl +272 +CC BY-NC-SA 4.0", "amc23.jsonl +40 +MAA", "math500.jsonl +500 +MIT"):
         assert re.search(f"{expected}.* kept", table)
 
 
@@ -324,7 +325,7 @@ def test_local_parquet_gives_the_same_files(raw, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub that `datasets` uses: revisions, trees and files of repositories in folder `root`."""
+    """The part of the Hub that `datasets` uses: revisions, trees and files of repositories in `root`."""
     root = None
 
     def do_GET(self):

@@ -144,7 +144,7 @@ def write_weights(reader, out):
 
 
 def write_tokenizer(fields, out):
-    """tokenizer.json: byte-level BPE that splits numbers into digits, which transformers' GGUF reader omits."""
+    """tokenizer.json: byte-level BPE that splits numbers into digits (transformers' GGUF reader does not)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}

@@ -8,13 +8,8 @@ import time
 
 import pytest
 
-from conftest import QUICK, metrics_of, outcome, start
+from conftest import QUICK, metrics_of, outcome, start, wait_for
 from distributed import checkpoints
-
-
-def wait_for(line, process):
-    while line not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
 
 
 def groups_of(samples):

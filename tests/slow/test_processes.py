@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, REPO, TINY, metrics_of, outcome, start
+from conftest import QUICK, REPO, TINY, metrics_of, outcome, start, wait_for
 from distributed import load_checkpoint
 from model import Transformer, UserError
 
@@ -25,11 +25,6 @@ def torchrun(processes, *arguments, restarts=0):
          "--max-restarts", str(restarts), "--", str(REPO / "bcr.py"), *map(str, (*QUICK, *arguments))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for(line, process):
-    while line not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
 
 
 def processes_of(out):
