@@ -1,7 +1,8 @@
 """
-Several processes. torchrun starts K of them; each samples its share of the prompts and learns from its share
-of the completions. Every draw depends on (seed, step, prompt, sample, token) alone, so K processes sample
-what one process would, and the sum of their gradients is its gradient.
+Several processes. On a CPU `launch` starts one per core; on GPUs torchrun starts them. Each samples its share
+of the prompts and learns from its share of the completions. Every draw depends on (seed, step, prompt,
+sample, token) alone, so K processes sample what one process would, and the sum of their gradients is its
+gradient: on a CPU in float32 to the last bit.
 
 The rest of the repo calls these functions without knowing K: with one process they do the obvious thing.
 Four parts: processes, sharded weights (FSDP2), the output directory, and checkpoints that any number of

@@ -450,7 +450,8 @@ def load_model(s, checkpointing=False, shard=False):
                         "do not belong together")
     model.checkpointing = checkpointing
     parameters = sum(p.numel() for p in model.parameters())
-    about = f"{os.path.relpath(chat.path)}: {parameters / 1e6:.2f}M parameters, {dtype} on {device}"
+    several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    about = f"{os.path.relpath(chat.path)}: {parameters / 1e6:.2f}M parameters, {dtype} on {device}{several}"
     return model, chat, about
 
 

@@ -149,7 +149,7 @@ def _boxed_answers(text, n):
     for (index, labelled), starts in sorted(boxes.items()):  # labelled boxes come second and override
         contents = [_box(text, start) for start in starts[-MAX_TRIES:]]
         contents = [content for content in contents if not PLACEHOLDER.fullmatch(content)]
-        # The i of the prompt's `Answer i:` is an answer only if there is no other.
+        # The i of the prompt's `Answer i:` is an answer only if nothing else is.
         if contents and (contents[-1] != "i" or index not in answers):
             answers[index] = contents[-1]
     return answers
@@ -531,7 +531,7 @@ class Parser:
             if token[0] == "_":  # a subscript makes a name of what precedes it
                 self.at += 1
                 node = self.variable(self.text(start, self.at))
-            elif token not in BINDING:  # factors side by side; but 1 2 is no product
+            elif token not in BINDING:  # factors side by side; but 1 2 is not a product
                 node = self.apply("*", Node() if token[0] in DIGITS else node, self.expression(2))
             elif self.take() == "!":
                 node = self.apply("!", node)

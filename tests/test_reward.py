@@ -51,8 +51,8 @@ TABLE = r"""
 ! 0.1 ;; 0.10000000001 ;; two decimals are compared exactly
 ! 100000000 ;; 100000000.3 ;; agreeing digits do not help two decimals
 ! 5 ;; 5- ;; a stray sign
-! 16 ;; 0x10 ;; Python's hexadecimal is no answer
-! 1000 ;; 1_000 ;; Python's underscore is no answer
+! 16 ;; 0x10 ;; Python's hexadecimal is not an answer
+! 1000 ;; 1_000 ;; Python's underscore is not an answer
 ! 3 ;; ٣ ;; Arabic digits, which int() takes
 ! 5 ;; nan ;; float("nan")
 ! 5 ;; None ;; the word
@@ -86,7 +86,7 @@ TABLE = r"""
 ! 1234 ;; 1, 234 ;; a space: a list
 ! 1234 ;; (1,234) ;; in brackets: a tuple
 ! 1234 ;; \{1,234\} ;; in brackets: a set
-! 1,000 ;; 1,0 ;; a group that begins with 0 is no item of a list
+! 1,000 ;; 1,0 ;; a group that begins with 0 is not an item of a list
 ! 1234 ;; 1,235 ;; another number
 
 # fractions and mixed numbers
@@ -127,7 +127,7 @@ TABLE = r"""
 = -2\frac{1}{2} ;; -2.5 ;; the sign is that of the whole
 = 2.5 ;; 2 1/2 ;; plain mixed
 = 2.5 ;; 2½ ;; mixed, one character
-= \frac{2\pi}{3} ;; 2\frac{\pi}{3} ;; a product, for the numerator is no integer
+= \frac{2\pi}{3} ;; 2\frac{\pi}{3} ;; a product, for the numerator is not an integer
 = \frac{1}{0} ;; \frac{1}{0} ;; without a value, yet the same text
 ! 1\frac{1}{2} ;; \frac{1}{2} ;; not the product of 1 and 1/2
 ! 11/2 ;; 1 1/2 ;; dropping the space would make it 11/2
@@ -147,7 +147,7 @@ TABLE = r"""
 = 2/3 ;; 0.66666667 ;; eight digits, rounded
 ! 2/3 ;; 0.6666667 ;; seven digits are too few
 ! 5/4 ;; 1.2500000001 ;; many digits, but not its own
-! \frac{24691357}{2} ;; 12345678 ;; an integer is no rounded decimal
+! \frac{24691357}{2} ;; 12345678 ;; an integer is not a rounded decimal
 
 # scientific notation
 = 4.5e33 ;; 4.5E33 ;; capital
@@ -240,7 +240,7 @@ TABLE = r"""
 ! 5 ;; 5\text{ not sure} ;; doubt
 ! 5 ;; \text{about } 5 ;; doubt in front
 ! 12 ;; 12 (approximately) ;; doubt in brackets
-! 5 ;; 5x ;; a variable is no unit
+! 5 ;; 5x ;; a variable is not a unit
 ! 5 ;; 5 n ;; nor after a space
 ! 5 ;; 5\text{ (wrong)} ;; a remark
 ! 5 ;; at least 5 ;; a bound
@@ -292,7 +292,7 @@ TABLE = r"""
 ! 52_8 ;; 52_9 ;; another base
 ! 52_8 ;; 53_8 ;; another number
 ! 52_8 ;; 42 ;; its decimal value was not asked for
-! 52_8 ;; 528 ;; the subscript is no digit
+! 52_8 ;; 528 ;; the subscript is not a digit
 = 1011_2 ;; (1011)_2 ;; brackets
 = A3_{16} ;; A3_16 ;; hexadecimal, no braces
 
@@ -395,8 +395,8 @@ TABLE = r"""
 ! \lceil n/2 \rceil ;; \lfloor n/2 \rfloor+1 ;; differs for even numbers
 ! E_{1} ;; E_{2} ;; subscript
 ! \frac{n(n+1)}{2} ;; \frac{n(n-1)}{2} ;; sign
-! x \le y ;; y \le x ;; a relation is no product
-! x ;; 5 ;; a number is no variable
+! x \le y ;; y \le x ;; a relation is not a product
+! x ;; 5 ;; a number is not a variable
 
 # intervals and inequalities
 = (1,2] ;; \left(1,2\right] ;; \left and \right
@@ -424,7 +424,7 @@ TABLE = r"""
 ! (1,2) ;; ]1,2] ;; the other end
 ! x > 3 ;; x < 3 ;; direction
 ! 3 ;; x > 3 ;; a bound is not the set
-! [1,2] ;; 1,2 ;; a list is no interval
+! [1,2] ;; 1,2 ;; a list is not an interval
 
 # tuples
 = (-2,1) ;; \left( -2, 1 \right) ;; spaces
@@ -437,7 +437,7 @@ TABLE = r"""
 ! (-2,1) ;; (1,-2) ;; order
 ! (2,3) ;; 3,2 ;; order without brackets
 ! (1,2) ;; (1,2,3) ;; length
-! (1,2) ;; \{1,2\} ;; a set is no tuple
+! (1,2) ;; \{1,2\} ;; a set is not a tuple
 ! \{1,2\} ;; (1,2) ;; nor the other way round
 ! (1,8,19), (2,7,13) ;; (8,1,19),(2,7,13) ;; order inside
 = (1,8,19), (2,7,13) ;; (2,7,13),(1,8,19) ;; no order outside
@@ -757,18 +757,26 @@ def test_an_answer_before_the_cut_keeps_its_credit():
         assert score(completion[:cut], golds) == [end <= cut for end in ends], completion[:cut]
 
 
+def quickest(function, *arguments):
+    """Processor seconds of the quickest of three calls. A garbage collection of everything that pytest holds
+    takes a quarter of a second, and falls into one of them at most."""
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        function(*arguments)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 @pytest.mark.skipif(not EXAMPLES.exists(), reason="the shared examples are not here")
 def test_shared_examples():
     """A case of the shared list has another verdict than agreed on, or takes too long."""
     wrong = []
     for line in EXAMPLES.read_text().splitlines():
         case = json.loads(line)
-        start = time.process_time()
-        if case["kind"] == "compare":
-            result = answers_equal(case["pred"], case["gold"])
-        else:
-            result = score(case["pred"], case["gold"])
-        assert time.process_time() - start < case.get("max_ms", 1000) / 1000
+        judge = answers_equal if case["kind"] == "compare" else score
+        assert quickest(judge, case["pred"], case["gold"]) < case.get("max_ms", 1000) / 1000
+        result = judge(case["pred"], case["gold"])
         if result != case["expected"]:
             wrong.append((case["gold"], case["pred"]))
     assert wrong == []
@@ -858,12 +866,11 @@ def test_everything_equals_itself(text):
 @given(st.one_of(soup, st.text()), st.one_of(soup, st.text()))
 def test_no_exception_and_no_delay(completion, gold):
     """A completion makes the checker raise or hang, and the run ends."""
-    start = time.process_time()
+    boxed = f"### Problem 1\nAnswer 1: \\boxed{{{completion}}}"
     assert answers_equal(completion, gold) in (True, False)
-    verdicts = score(f"### Problem 1\nAnswer 1: \\boxed{{{completion}}}", [gold, gold])
-    assert verdicts in ([True, False], [False, False])
+    assert score(boxed, [gold, gold]) in ([True, False], [False, False])
     assert len(extract_answers(completion, 4)) == 4
-    assert time.process_time() - start < 0.25
+    assert quickest(score, boxed, [gold, gold]) < 0.25
 
 
 @pytest.mark.parametrize("value", [None, 5, 5.0, True, b"5", ["5"], {"5": 5}, object()])
@@ -899,9 +906,7 @@ HOSTILE = [
 def test_hostile_answers_take_milliseconds(text):
     """An answer with deep recursion or giant numbers takes so long that the run stops."""
     for gold in ("5", text[::-1], "x+" + text):
-        start = time.process_time()
-        answers_equal(text, gold)
-        assert time.process_time() - start < 0.25  # measured: about 0.01 s
+        assert quickest(answers_equal, text, gold) < 0.25  # measured: about 0.01 s
 
 
 SLOW = [
@@ -916,12 +921,8 @@ SLOW = [
 def test_long_answers_take_milliseconds(text):
     """Comparing long lists item by item, or expressions at several points, takes too long."""
     for gold in (text[::-1], ",".join(reversed(text.split(","))), "x+" + text):
-        seconds = []
-        for _ in range(3):
-            start = time.process_time()
-            answers_equal(text[:MAX_LENGTH], gold[:MAX_LENGTH])
-            seconds.append(time.process_time() - start)
-        assert min(seconds) < 0.03  # measured: below 0.01 s, on a machine that does nothing else
+        # measured: below 0.01 s, on a machine that does nothing else
+        assert quickest(answers_equal, text[:MAX_LENGTH], gold[:MAX_LENGTH]) < 0.03
 
 
 FLOODS = [
@@ -937,9 +938,7 @@ def test_extraction_is_linear(flood):
     """Extraction from 400,000 characters takes quadratic time in what they repeat."""
     text = (flood * (400_000 // len(flood)))[:399_000]
     for completion in (text, text + "\nAnswer 1: \\boxed{5}", "Answer 1: \\boxed{" + text):
-        start = time.process_time()
-        extract_answers(completion, 8)
-        assert time.process_time() - start < 0.25  # measured: below 0.01 s
+        assert quickest(extract_answers, completion, 8) < 0.25  # measured: below 0.01 s
 
 
 # Fuzz ------------------------------------------------------------------------------------------------------
@@ -982,7 +981,8 @@ def fuzz(count, seed=0):
         except Exception as error:
             raised += 1
             print(repr(error), repr(completion), pair)
-        slowest = max(slowest, (time.process_time() - start, completion, pair))
+        if time.process_time() - start > slowest[0]:
+            slowest = max(slowest, (quickest(score, completion, pair), completion, pair))
     return raised, *slowest
 
 
