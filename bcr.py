@@ -93,7 +93,7 @@ class Settings:
     rows: int = flag(256, "completions sampled at a time; lower it if sampling runs out of memory", least=1)
     micro_tokens: int = flag(4096, "tokens in a training pass, with padding; lower it likewise", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
-    processes: int = flag(0, "processes on a CPU, of one thread; 0: one per physical core, at most 8", 0, 64)
+    processes: int = flag(0, "processes on a CPU; 0: one per core for a small model (at most 8)", 0, 64)
     shard: bool = flag(False, "divide weights, gradients and AdamW's state among the processes (FSDP2)")
 
 

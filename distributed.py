@@ -64,13 +64,27 @@ def find_device(name):
     return name
 
 
-def launch(program, function, s, most):
-    """Runs function(s), on a CPU in several processes of one thread each: --processes of them or, without it,
-    one per physical core, at most 8 and at most `most`. Small operations do not divide among threads.
+def processes_and_threads(s, most):
+    """How many processes to start on a CPU, and the threads of each.
 
-    This process is the first one, and the others end with it. Under torchrun there is nothing to start."""
-    count = s.processes or min(torch.get_num_threads(), most, 8)  # torch's default: one thread per core
-    if count == 1 or "RANK" in os.environ or find_device(s.device) != "cpu":
+    A small model gets a process of one thread per physical core, at most 8 and at most `most`: its operations
+    are too small to divide. Rounding then depends on neither number. The weights of a model of over 100 MB do
+    not fit the caches; they are read by one process with all threads, unless --processes asks for more."""
+    cores = torch.get_num_threads()  # torch's default
+    large = sum(file.stat().st_size for file in weight_files(find_model(s.model)) if file.exists()) > 1e8
+    if large and s.processes < 2:
+        return 1, cores
+    return s.processes or min(cores, most, 8), 1
+
+
+def launch(program, function, s, most):
+    """Runs function(s), on a CPU in as many processes as `processes_and_threads` says. This process is the
+    first one, and the others end with it. Under torchrun there is nothing to start."""
+    if "RANK" in os.environ or find_device(s.device) != "cpu":
+        return function(s)
+    count, threads = processes_and_threads(s, most)
+    torch.set_num_threads(threads)
+    if count == 1:
         return function(s)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
@@ -99,6 +113,7 @@ def launch(program, function, s, most):
 def run_as(index, function, s):
     """The work of a process that `launch` starts."""
     os.environ["RANK"] = str(index + 1)
+    torch.set_num_threads(1)
     function(s)
     dist.barrier()
 
@@ -125,8 +140,6 @@ def watch(program, others, finished):
 
 def start(device):
     """Joins the process group and returns the device of this process: "cpu" or "cuda:i"."""
-    if device == "cpu":
-        torch.set_num_threads(1)  # rounding depends on it, and small operations do not divide
     if world_size() == 1 or dist.is_initialized():
         return device
     if device.startswith("cuda"):

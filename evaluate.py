@@ -65,7 +65,7 @@ class EvaluationSettings:
     resume: bool = flag(False, "continue the evaluation in --out; finished files and N are not repeated")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if available")
     dtype: str = flag("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
-    processes: int = flag(0, "processes on a CPU, of one thread; 0: one per physical core, at most 8", 0, 64)
+    processes: int = flag(0, "processes on a CPU; 0: one per core for a small model (at most 8)", 0, 64)
     rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)
 
 

@@ -11,7 +11,7 @@ import torch
 import bcr
 from bcr import (
     Row, Settings, accumulate_gradient, group_advantages, micro_batches, policy_loss, token_logprobs)
-from conftest import TINY, lines_of, metrics_of, random_model
+from conftest import REPO, TINY, lines_of, metrics_of, random_model
 from data.chat import load_chat
 from data.problems import load_problems
 from evaluate import append_group
@@ -300,3 +300,14 @@ def test_settings_are_frozen_and_round_trip_as_json():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().n = (1,)
     assert json.loads(json.dumps(dataclasses.asdict(Settings(n=(2, 4)))))["n"] == [2, 4]
+
+
+def test_links_of_the_readme_point_to_the_lines_that_they_name():
+    """An edit of bcr.py moves the four places, and README sends its readers elsewhere."""
+    lines = (REPO / "bcr.py").read_text().splitlines()
+    linked = re.findall(r"\[([^]]*)\]\(bcr\.py#L(\d+)\)", (REPO / "README.md").read_text())
+    words = ["The budget bites here", "A problem earns its reward here", "The baseline is the mean",
+             "divided by a constant"]
+    assert len(linked) == 4
+    for (_, number), word in zip(linked, words):
+        assert word in lines[int(number) - 1]

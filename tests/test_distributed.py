@@ -1,6 +1,7 @@
 """What distributed.py does in one process: shares, checkpoints and readable errors. Runs of several processes
 are in slow/test_processes.py."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distributed
-from bcr import Row
+from bcr import Row, Settings
 from conftest import random_model
 from distributed import checkpoints, finish_first, load_checkpoint, readable_errors, save_checkpoint
 from model import UserError
@@ -50,6 +51,21 @@ def test_samples_of_all_processes_are_joined_in_order(monkeypatch):
             distributed.sample(model, prompts, 2, 12, **options)
         monkeypatch.setattr(distributed, "all_gather", lambda own: parts)
         assert [c.tokens for c in distributed.sample(model, prompts, 2, 12, **options)] == alone
+
+
+def test_small_models_get_processes_and_large_ones_threads(tmp_path, monkeypatch):
+    """A model of gigabytes is copied into eight processes, or a small one is divided among threads, and what
+    it computes depends on their number."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    small, large = Settings(), Settings(model=str(tmp_path))
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    os.truncate(tmp_path / "model.safetensors", 2 * 10**8)  # takes no space on the disk
+    for s, processes, most, expected in (
+            (small, 0, 16, (6, 1)), (small, 0, 4, (4, 1)), (small, 1, 16, (1, 1)), (small, 12, 16, (12, 1)),
+            (large, 0, 16, (1, 6)), (large, 1, 16, (1, 6)), (large, 2, 16, (2, 1))):
+        s = dataclasses.replace(s, processes=processes)
+        assert distributed.processes_and_threads(s, most) == expected
 
 
 # ----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_every_number_of_processes_writes_the_same_bytes(finished, tmp_path, pro
 
 @pytest.mark.parametrize("victim", ["the first", "another"])
 def test_a_run_whose_process_is_killed_resumes_with_the_same_bytes(finished, tmp_path, victim):
-    """The other processes wait forever, continue alone or keep the directory locked; the cause is not named."""
+    """The others wait forever, continue alone or keep the directory locked; the cause is not named."""
     out = tmp_path / "out"
     process = start("bcr.py", *QUICK, "--processes", 3, "--out", out)
     wait_for("step 3/5", process)
