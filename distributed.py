@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data.chat import find_model
 from model import (
     Transformer, UserError, join_parts, read_json, read_weights, weight_files, write_json)
-from rollout import generate
+from rollout import Completion, generate
 
 # ----------------------------------------------------------------------------------------------
 # Processes
@@ -194,8 +194,10 @@ def sample(model, prompts, samples, budget, title="", **options):
         if mine:
             own = generate(whole, [prompts[p] for p in mine], samples, budget, prompt_keys=mine,
                            on_finished=on_finished, **options)
-    parts = [iter(part) for part in all_gather(own)]
-    return [next(parts[p % len(parts)]) for p in range(len(prompts)) for _ in range(samples)]
+    # Arrays are pickled many times as fast as tensors.
+    parts = [iter(part) for part in all_gather([(c.tokens, c.logprobs.numpy(), c.truncated) for c in own])]
+    completions = [next(parts[p % len(parts)]) for p in range(len(prompts)) for _ in range(samples)]
+    return [Completion(tokens, torch.from_numpy(logprobs), cut) for tokens, logprobs, cut in completions]
 
 
 def my_share(batches):

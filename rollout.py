@@ -10,6 +10,7 @@ leaves the batch at once, and the next prompts take the free rows.
 No part of the distribution is cut off (no top-k, no top-p): training uses exactly what was sampled from.
 """
 
+import functools
 from collections import deque
 from dataclasses import dataclass
 
@@ -116,16 +117,18 @@ def row_multiple(model):
         return 32
     if torch.get_num_threads() > 1:
         return 1  # rounding depends on the number of threads, too
-    weights = [p for p in model.model.layers[0].parameters() if p.dim() == 2]
+    shapes = {tuple(p.shape) for p in model.model.layers[0].parameters() if p.dim() == 2}
     for multiple in (16, 32):
-        if all(rows_round_alike(weight, multiple) for weight in weights):
+        if all(rows_round_alike(*shape, model.dtype, multiple) for shape in shapes):
             return multiple
     return 64
 
 
-def rows_round_alike(weight, multiple, most=192):
+@functools.lru_cache
+def rows_round_alike(outputs, inputs, dtype, multiple, most=192):
     """Whether the first rows of a product are the same for all multiples of rows up to `most`."""
-    x = torch.linspace(-1, 1, most * weight.shape[1], dtype=weight.dtype).cos().view(most, -1)
+    x, weight = (torch.linspace(-1, 1, rows * inputs).cos().view(rows, inputs).to(dtype)
+                 for rows in (most, outputs))
     product = F.linear(x, weight)  # (most, outputs)
     return all(torch.equal(F.linear(x[:rows], weight), product[:rows])
                for rows in range(multiple, most, multiple))

@@ -41,13 +41,14 @@ def test_samples_of_all_processes_are_joined_in_order(monkeypatch):
     model, prompts = random_model(), [[5], [6, 7], [8], [9, 9], [4]]
     options = dict(eos_ids=[0], seed=1, max_rows=3)
     alone = [c.tokens for c in generate(model, prompts, 2, 12, **options)]
+    nothing = [], np.zeros(0, np.float32), True
     for count in (2, 3, 6):
         monkeypatch.setattr(distributed, "world_size", lambda: count)
         parts = []
         for rank in range(count):
             monkeypatch.setattr(distributed, "rank", lambda: rank)
             monkeypatch.setattr(
-                distributed, "all_gather", lambda own: parts.append(own) or [repeat(None)] * count)
+                distributed, "all_gather", lambda own: parts.append(own) or [repeat(nothing)] * count)
             distributed.sample(model, prompts, 2, 12, **options)
         monkeypatch.setattr(distributed, "all_gather", lambda own: parts)
         assert [c.tokens for c in distributed.sample(model, prompts, 2, 12, **options)] == alone
