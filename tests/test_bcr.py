@@ -199,9 +199,9 @@ def test_truncated_completions_are_learned_from(train, tmp_path, monkeypatch):
     monkeypatch.setattr(bcr, "policy_loss", lambda *a: constants.add(a[3]) or original(*a))
     (m,) = train(tmp_path, n=(8,), budget=(150,), groups=4)[1]
     assert m["truncated"] > 0.95 and 0 < m["accuracy"] < 0.8 and m["grad_norm"] > 0
-    (m,) = train(tmp_path, n=(1,), budget=(180,), groups=4)[1]
-    assert m["truncated"] < 0.5  # completions of many lengths
-    assert constants == {4 * 4 * 150, 4 * 4 * 180}
+    (m,) = train(tmp_path, n=(1,), budget=(60,), groups=4)[1]
+    assert 0.1 < m["truncated"] < 0.9  # completions of many lengths
+    assert constants == {4 * 4 * 150, 4 * 4 * 60}
 
 
 def test_the_length_penalty_lowers_the_reward_by_its_formula(train, tmp_path):
