@@ -6,7 +6,7 @@ does not reach earns nothing, so the model learns to reason shorter. Nothing els
     python bcr.py --n 4                        the shipped model on the shipped problems
     python bcr.py --n 1 --budget 512           plain GRPO: one problem, a budget that truncates nothing
     python bcr.py --n 3 --model DIR --data FILE.jsonl --eval-data FILE.jsonl --budget 5120 --lr 1e-6
-    torchrun --nproc-per-node 8 -- bcr.py ...  the same on eight GPUs, or on CPU cores
+    torchrun --nproc-per-node 8 -- bcr.py ...  the same on eight GPUs (CPU cores need no torchrun)
 
 Read from the top to the end of `train`; what follows it are reports, checks and the command line. The
 algorithm is GRPO (arXiv 2402.03300) without these parts:
@@ -156,8 +156,9 @@ def token_logprobs(model, rows, temperature, max_logits=2**26):
     S = len(rows[0].prompt) - 1
     inputs = pad_sequence([torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows], batch_first=True)
     B, T = inputs.shape  # each token is predicted at the one before it
-    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # false: padding
-    tokens = torch.cat((torch.tensor(rows[0].prompt[:-1], dtype=torch.int64), inputs.flatten()))[None]
+    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # (B, T), no padding
+    prompt = torch.tensor(rows[0].prompt[:-1], dtype=torch.int64)  # (S,)
+    tokens = torch.cat((prompt, inputs.flatten()))[None]  # (1, S + B T): the prompt once, then B times T
     positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
     rotation = model.rotations(positions.to(model.device))
     shared = SharedPrompt(S, B) if B > 1 else None
@@ -180,8 +181,7 @@ def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_hig
     """-1/constant * sum_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t), where rho_t is
     pi(token_t) / pi_old(token_t). All inputs are (M,); returns a scalar.
 
-    Source: PPO (arXiv 1707.06347, equation 7), with a range for each side as in DAPO (arXiv 2503.14476,
-    section 3.1)."""
+    Source: PPO (arXiv 1707.06347, equation 7); a range for each side: DAPO (arXiv 2503.14476, section 3.1)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum() / constant
@@ -201,14 +201,13 @@ def micro_batches(rows, max_tokens):
 
 def accumulate_gradient(model, master, rows, constant, s):
     """Sets master[i].grad to the gradient of the loss of `rows`, computed by all processes together. Returns
-    {"loss", "gap", "gap_max"}: the loss, and the sum and maximum over tokens of |logprob here - logprob in
-    the sampler|, which is rounding.
+    {"loss", "gap", "gap_max"}: gap is the sum over tokens of |logprob here - logprob in the sampler|.
 
     The loss of each micro-batch is a sum divided by the same constant, so their gradients add up to the
-    gradient of the whole. On a CPU they are added in float64, where sums of a few float32 numbers are exact:
-    the result does not depend on which process computes which batch."""
-    exact = torch.float64 if model.device.type == "cpu" else torch.float32
-    sums, stats = [torch.zeros_like(weight, dtype=exact) for weight in master], []
+    gradient of the whole. On a CPU they are added in float64, where float32 numbers of similar size add up
+    without rounding: the result does not depend on which process computes which batch."""
+    dtype = torch.float64 if model.device.type == "cpu" else torch.float32
+    sums, stats = [torch.zeros_like(weight, dtype=dtype) for weight in master], []
     filler = [Row([0], [0], torch.zeros(1), np.zeros(1))]
     batches = distributed.my_share(micro_batches(rows, s.micro_tokens))
     for batch in distributed.equal_passes(model, batches, filler):
