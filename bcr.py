@@ -181,7 +181,7 @@ def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_hig
     """-1/constant * sum_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t), where rho_t is
     pi(token_t) / pi_old(token_t). All inputs are (M,); returns a scalar.
 
-    Source: PPO (arXiv 1707.06347, equation 7); a range for each side: DAPO (arXiv 2503.14476, section 3.1)."""
+    Source: PPO (arXiv 1707.06347, equation 7); a range per side: DAPO (arXiv 2503.14476, section 3.1)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum() / constant
