@@ -2,8 +2,9 @@
 The transformer, written by hand: Llama, Qwen2 and Qwen3 decoders.
 
 The three families share one architecture with three switches: Qwen2 adds a bias to q, k and v; Qwen3 drops
-it and normalizes q and k per head; Llama has neither (and may scale its RoPE). Every parameter has its
-Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), so checkpoints load and save without renaming.
+it and normalizes q and k per head; Llama has neither (and may scale its RoPE). Parameters have their Hugging
+Face names, except that q_proj, k_proj and v_proj are one parameter here, and so are gate_proj and up_proj:
+one large product is faster than several small ones. Loading joins them, and saving splits them.
 
 The file reads from the blocks to the whole: layers, Transformer, loading and saving, config.json.
 
@@ -231,7 +232,7 @@ def rope_frequencies(config):
 # ----------------------------------------------------------------------------------------------
 # Weights of a Hugging Face directory
 
-# Projections of the same input are one parameter here, so that they are one product, and several in files.
+# Parameters of the model that are several tensors in files.
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
