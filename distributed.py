@@ -2,7 +2,7 @@
 Several processes. On a CPU `launch` starts one per core; on GPUs torchrun starts them. Each samples its share
 of the prompts and learns from its share of the completions. Every draw depends on (seed, step, prompt,
 sample, token) alone, so K processes sample what one process would, and the sum of their gradients is its
-gradient: on a CPU in float32 to the last bit.
+gradient. On a CPU, with one thread per process, this holds to the last bit.
 
 The rest of the repo calls these functions without knowing K: with one process they do the obvious thing.
 Four parts: processes, sharded weights (FSDP2), the output directory, and checkpoints that any number of
@@ -100,7 +100,7 @@ def launch(program, function, s, most):
         dist.barrier()
     except RuntimeError as error:
         if "by peer" in str(error):
-            watcher.join(10)  # it knows why the other process ended
+            watcher.join(10)  # it reports why the other process ended
         raise
     finally:
         finished.set()
@@ -134,7 +134,7 @@ def watch(program, others, finished):
         how = error.signal_name or f"status {error.exit_code}"
         cause = (f"process {error.error_index + 1} of {world_size()} ended ({how}). Saved files are intact: "
                  "rerun with --resume --out DIR")
-    if not finished.wait(2):  # this process has not failed likewise
+    if not finished.wait(2):  # unless this process has failed, too
         fail(program, cause, status)
 
 
