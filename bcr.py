@@ -57,7 +57,7 @@ HERE = Path(__file__).resolve().parent
 class Settings:
     # The task
     n: tuple = flag((4,), "problems in a prompt (N); several, as in 2,4,8, take turns, one N per step")
-    budget: tuple = flag((150,), "tokens for a whole completion, all N problems together; one, or one per N")
+    budget: tuple = flag((160,), "tokens for a whole completion, all N problems together; one, or one per N")
     model: str = flag(str(HERE / "data/tiny/model"), "Hugging Face model: a directory, or a name on the Hub")
     data: str = flag(str(HERE / "data/tiny/train.jsonl"), "training problems (JSONL)")
     reward: str = flag("", "Python file with your own score(completion, golds) -> N numbers from 0 to 1")
@@ -79,7 +79,7 @@ class Settings:
     eval_n: tuple = flag((1, 2, 4, 8), "values of N to evaluate at")
     eval_problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
     eval_samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
-    eval_budget: tuple = flag((1024,), "tokens for a whole completion; one number or one per N")
+    eval_budget: tuple = flag((1536,), "tokens for a whole completion; one number or one per N")
     eval_temperature: float = flag(1.0, "sampling temperature of the evaluation", least=0)
     # The run
     skip_long: bool = flag(False, "leave out problems whose prompt does not fit the model's positions")

@@ -52,7 +52,7 @@ class EvaluationSettings:
     data: str = flag(str(HERE / "data/tiny/heldout.jsonl"), "JSONL files of problems, separated by commas")
     solve: str = flag("", "answer the problems of this JSONL file, with one --n and one --budget")
     n: tuple = flag((1, 2, 4, 8), "values of N, the number of problems in a prompt")
-    budget: tuple = flag((1024,), "tokens for a whole completion: one number, or one for each N")
+    budget: tuple = flag((1536,), "tokens for a whole completion: one number, or one for each N")
     within: int = flag(0, "also report the accuracy within this many tokens; 0 does not", least=0)
     problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
     samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
@@ -86,8 +86,11 @@ def evaluate_all(model, chat, benchmarks, score, s, out, step, title):
         for n, budget in zip(s.n, s.budget):
             path = out / f"evaluation/{name}-n{n}-step{step}.jsonl"
             label = f"{title}, {name}, N = {n}"
+            known, clock = path.exists(), time.time()
             found = evaluate(model, chat, problems, n, budget, score, s, path, label)
             summary = summarize(found, n, s)
+            speed = summary["problems"] * s.samples / (time.time() - clock)
+            summary["problems_per_second"] = None if known else speed  # None: sampled before it was resumed
             say(f"{label}: {summary['accuracy']:.1%} right, "
                 f"{summary['tokens_per_problem']:.1f} tokens a problem")
             figures[name][str(n)], records[name][str(n)] = summary, found
@@ -235,22 +238,28 @@ def paired_change(before, after):
 
 METRICS = (  # title, key of the figures, scale, digits
     ("accuracy %", "accuracy", 100, 1), ("in {within} tokens %", "accuracy_in_budget", 100, 1),
-    ("tokens / problem", "tokens_per_problem", 1, 1), ("waits / problem", "loops_per_problem", 1, 2))
+    ("tokens / problem", "tokens_per_problem", 1, 1), ("waits / problem", "loops_per_problem", 1, 2),
+    ("problems / s", "problems_per_second", 1, 1))
 
 
 def table(stages, changes, within):
     """The results as text, one line for each benchmark and N. stages: {"before": figures, "after": figures};
-    changes: what `paired_change` returns for each benchmark and N, or {}."""
+    changes: what `paired_change` returns for each benchmark and N, or {}, which adds the problems per
+    second."""
+    def cell(value, scale, digits):
+        return "" if value is None else f"{value * scale:.{digits}f}"
+
+    hidden = {None if within else "accuracy_in_budget", "problems_per_second" if changes else None}
     keys = [(name, n) for name, of_name in next(iter(stages.values())).items() for n in of_name]
     groups = [("benchmark", [["", *(name for name, _ in keys)]]), ("N", [["", *(n for _, n in keys)]])]
     for title, metric, scale, digits in METRICS:
-        columns = [[stage, *(f"{figures[name][n][metric] * scale:.{digits}f}" for name, n in keys)]
+        columns = [[stage, *(cell(figures[name][n][metric], scale, digits) for name, n in keys)]
                    for stage, figures in stages.items()]
         if changes and metric == "accuracy":
             columns.append(["change", *(format_points(changes[name][n]) for name, n in keys)])
         if changes and metric == "tokens_per_problem":
             columns.append(["change", *(f"{changes[name][n]['tokens']:+.1%}" for name, n in keys)])
-        if within or metric != "accuracy_in_budget":
+        if metric not in hidden:
             groups.append((title.format(within=within), columns))
     blocks = []
     for title, columns in groups:
@@ -278,10 +287,12 @@ def dial(results, target):
             continue
         best = min(enough, key=lambda n: by_n[n]["tokens_per_problem"])
         low, high = by_n[best]["accuracy_ci95"]
+        speed = by_n[best].get("problems_per_second")
+        speed = f", {speed:.1f} problems a second" if speed else ""
         doubt = "; the interval reaches below the target: evaluate more problems" if low < target else ""
         yield (f"{name}: at least {target:.1%} right with the fewest tokens: N = {best}, "
                f"{by_n[best]['accuracy']:.1%} right (95% interval {low:.1%} to {high:.1%}) with "
-               f"{by_n[best]['tokens_per_problem']:.1f} tokens a problem{doubt}")
+               f"{by_n[best]['tokens_per_problem']:.1f} tokens a problem{speed}{doubt}")
 
 
 def write_completions(path, benchmarks, records, each=3):
@@ -324,7 +335,8 @@ def append_group(path, step, rollout, advantages):
 
 def plot(path, stages, within, metrics=()):
     """results.png: for each benchmark tokens and accuracy over N (the task-scaling law) and accuracy over the
-    position in the prompt; below them the training, from its metrics."""
+    position in the prompt. Below them the training, from its metrics; without training, beside them the dial:
+    accuracy against problems per second."""
     try:
         import matplotlib
     except ImportError:
@@ -334,22 +346,21 @@ def plot(path, stages, within, metrics=()):
     from matplotlib import pyplot
 
     names = list(next(iter(stages.values())))
-    rows = len(names) + bool(metrics)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(14, 3.8 * rows), squeeze=False)
+    rows, columns = len(names) + bool(metrics), 3 if metrics else 4
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
     for row, name in zip(axes, names):
         for (stage, figures), colour in zip(stages.items(), ("tab:gray", "tab:blue")):
             plot_over_n(row, figures[name], stage, colour, within)
-        for axis, title in zip(row, ("tokens per problem", "accuracy", "accuracy by position")):
-            label = "position in the prompt" if "position" in title else "N problems in the prompt"
-            axis.set(title=f"{name}: {title}", xlabel=label, ylim=(0, None))
+        row[0].set(title=f"{name}: tokens per problem", xlabel="N problems in the prompt")
+        row[1].set(title=f"{name}: accuracy", xlabel="N problems in the prompt")
+        row[2].set(title=f"{name}: accuracy by position", xlabel="position in the prompt")
+        for axis in row[:3]:
             axis.legend(fontsize=8)
+        for axis in row[3:]:
+            plot_dial(axis, figures[name])
+            axis.set(title=f"{name}: N as a dial", xlabel="problems per second", ylabel="accuracy")
     if metrics:
-        for axis, keys in zip(axes[-1], (["tokens_per_problem"], ["accuracy", "truncated"], ["entropy"])):
-            for key in keys:
-                steps, values = [m["step"] for m in metrics], [m[key] for m in metrics]
-                axis.plot(steps, values, label=key.replace("_", " "))
-            axis.set(title=f"training: {', '.join(keys).replace('_', ' ')}", xlabel="step", ylim=(0, None))
-            axis.legend(fontsize=8)
+        plot_training(axes[-1], metrics)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -367,6 +378,34 @@ def plot_over_n(axes, by_n, stage, colour, within):
     for n, of_n in zip(ns, figures):
         axes[2].plot(range(1, n + 1), of_n["accuracy_by_position"], ".-", color=colour,
                      alpha=0.2 + 0.8 * (n / max(ns)), label=f"{stage}, N = {n}")
+    for axis in axes[:2]:
+        axis.set_xticks(ns)
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_dial(axis, by_n):
+    """Accuracy against problems per second, a point for each N that was sampled in this run."""
+    for n, f in by_n.items():
+        if f["problems_per_second"] is not None:
+            low, high = f["accuracy_ci95"]
+            axis.vlines(f["problems_per_second"], low, high, color="tab:gray", alpha=0.5)
+            axis.plot(f["problems_per_second"], f["accuracy"], "o", color="tab:gray")
+            axis.annotate(f"N = {n}", (f["problems_per_second"], f["accuracy"]), fontsize=8,
+                          xytext=(4, 4), textcoords="offset points")
+
+
+def plot_training(axes, metrics):
+    """The metrics of the training in three axes, with the budget of each N per problem."""
+    steps = [m["step"] for m in metrics]
+    for axis, keys in zip(axes, (["tokens_per_problem"], ["accuracy", "truncated"], ["entropy"])):
+        for key in keys:
+            axis.plot(steps, [m[key] for m in metrics], label=key.replace("_", " "))
+        axis.set(title=f"training: {', '.join(keys).replace('_', ' ')}", xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for n, budget in sorted({(m["n"], m["budget"]) for m in metrics}):
+        axes[0].axhline(budget / n, color="black", linestyle=":", label=f"budget / N, N = {n}")
+    for axis in axes:
+        axis.legend(fontsize=8)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -105,6 +105,9 @@ def outcome(out):
     """All that a run leaves, without its timings and the settings that a resumed run may change."""
     results = json.loads((out / "results.json").read_text())
     figures = {key: results[key] for key in ("before", "after", "change")}
+    for by_n in (*figures["before"].values(), *figures["after"].values()):
+        for of_n in by_n.values():
+            del of_n["problems_per_second"]  # a timing
     files = ["model/model.safetensors", "completions-before.txt", "completions-after.txt", "samples.txt"]
     paths = [*(out / name for name in files), *sorted(out.glob("evaluation/*"))]
     return figures, metrics_of(out), {path.name: path.read_bytes() for path in paths}

@@ -141,8 +141,10 @@ def test_the_picture_is_drawn_at_any_n(tmp_path, ns):
     """A long run ends in a traceback for an N whose shade is beyond black (0.2 + 0.8 * 3 / 3 > 1)."""
     pytest.importorskip("matplotlib")
     by_n = {str(n): {"tokens_per_problem": 40.0, "accuracy": 0.9, "accuracy_ci95": [0.8, 0.95],
-                     "accuracy_in_budget": 0.5, "accuracy_by_position": [0.9] * n} for n in ns}
-    metrics = [{"step": 1, "tokens_per_problem": 40.0, "accuracy": 0.5, "truncated": 0.5, "entropy": 0.5}]
+                     "accuracy_in_budget": 0.5, "accuracy_by_position": [0.9] * n,
+                     "problems_per_second": None if n == 5 else 100.0} for n in ns}
+    metrics = [{"step": 1, "n": 4, "budget": 150, "tokens_per_problem": 40.0, "accuracy": 0.5,
+                "truncated": 0.5, "entropy": 0.5}]
     two = {"before": {"a": by_n}, "after": {"a": by_n}}
     for stages, of_training in ((two, metrics), ({"model": {"a": by_n}}, ())):
         evaluate.plot(tmp_path / "results.png", stages, 150, of_training)
@@ -210,7 +212,8 @@ def test_the_command_reports_each_file_and_n(files, tmp_path, capsys):
         f = results[name.strip()][n.strip()]
         assert [cell.strip() for cell in cells] == [
             f"{100 * f['accuracy']:.1f}", f"{100 * f['accuracy_in_budget']:.1f}",
-            f"{f['tokens_per_problem']:.1f}", f"{f['loops_per_problem']:.2f}"]
+            f"{f['tokens_per_problem']:.1f}", f"{f['loops_per_problem']:.2f}",
+            f"{f['problems_per_second']:.1f}"]
         assert (f["tokens_per_problem"] <= 20) == (n.strip() == "1") and f["samples"] == 2
         records = lines_of(out / f"evaluation/{name.strip()}-n{n.strip()}-step0.jsonl")
         assert f["accuracy"] == np.mean([m for r in records for m in r["correct"] if m is not None])
@@ -225,7 +228,10 @@ def test_the_command_reports_each_file_and_n(files, tmp_path, capsys):
     (out / "evaluation/b-n1-step0.jsonl.tmp").write_text('{"prompt": 19, "sam')  # where a kill left it
     assert status_of(evaluate.main, *flags, "--resume", "--rows", 2) == 0
     again = json.loads((out / "results.json").read_text())["results"]
-    assert again["a"]["2"]["loops_per_problem"] == 500 and again["b"] == results["b"]
+    assert again["a"]["2"]["loops_per_problem"] == 500
+    assert again["b"]["1"]["problems_per_second"] is None  # sampled before
+    assert again["b"]["2"].pop("problems_per_second") and results["b"]["2"].pop("problems_per_second")
+    assert again["b"]["2"] == results["b"]["2"]
     assert (out / "evaluation/b-n2-step0.jsonl").read_bytes() == expected["b-n2-step0.jsonl"]
     assert status_of(evaluate.main, *flags[2:], "--resume") == 2 and "--data was" in capsys.readouterr().err
 

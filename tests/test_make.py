@@ -71,29 +71,41 @@ def test_copying_the_problem_earns_nothing():
             assert score(answer_section(1, "", copy), [problem["answer"]]) == [False], copy
 
 
-def test_checks_find_mistakes_and_plain_solutions_keep_them():
-    """Solutions are wrong in another way than intended. Without slips all are right; if every step slips and
-    is checked, all are right; if every step slips without checks, few are."""
+def test_checks_find_mistakes_and_concise_solutions_keep_them():
+    """Solutions are wrong in another way than intended. Without slips all are right, joined steps included;
+    if every step slips and is checked, all are right; if every step slips without checks, few are."""
     rng = random.Random(0)
 
-    def share_right(**how):
+    def share_right(verbose, **how):
         sample = [make.make_problem(rng) for _ in range(500)]
-        solutions = [make.write_solution(rng, problem, **how) for problem in sample]
+        solutions = [make.write_solution(rng, problem, verbose, **how) for problem in sample]
         return statistics.mean(score(answer_section(1, *solution), [problem["answer"]])[0]
                                for problem, solution in zip(sample, solutions))
 
-    assert share_right(slip=0) == 1
-    assert share_right(slip=1, redo=1, plain=0, direct=0) == 1
-    assert share_right(slip=1, plain=1, direct=0) < 0.3
+    assert share_right(True, slip=0, hurry=0.5) == share_right(False, slip=0, hurry=0.5) == 1
+    assert share_right(True, slip=1, redo=1, direct=0) == 1
+    assert share_right(False, slip=1, direct=0) < 0.3
 
 
 def test_arithmetic_in_solutions_is_right_where_nothing_slipped():
     """The model learns wrong facts."""
-    rng = random.Random(1)
-    for _ in range(300):
-        work, _ = make.write_solution(rng, make.make_problem(rng), slip=0, direct=0)
-        for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", work):
-            assert int(a) + int(sign + b) == int(c)
+    rng, lengths = random.Random(1), set()
+    for verbose in [True, False] * 150:
+        work, _ = make.write_solution(rng, make.make_problem(rng), verbose, slip=0, hurry=0.5, direct=0)
+        for expression, value in re.findall(r"(\d+(?: [+-] \d+)+) = (\d+)", work):
+            terms = re.findall(r"[+-]?\d+", expression.replace(" ", ""))
+            assert sum(map(int, terms)) == int(value)
+            lengths.add(len(terms))
+    assert lengths == {2, 3, 4}  # joined steps are among them
+
+
+def test_the_solutions_of_a_completion_have_one_style():
+    """A model that never saw eight concise solutions in a row cannot be shortened at N = 8."""
+    rng = random.Random(2)
+    texts = [make.write_completion(rng, [make.make_problem(rng) for _ in range(8)]) for _ in range(400)]
+    waits = [text.count("Wait") for text in texts]
+    assert 0.15 < waits.count(0) / len(texts) < 0.25
+    assert all(8 < count for count in waits if count)
 
 
 def test_numbers_and_words_are_single_tokens(shipped):

@@ -2,7 +2,7 @@
 Credit to go: BCR in which a token is credited only with the problems that it can still change. This is a
 worked example of a fork: it replaces one function of bcr.py, `token_advantages`, and takes all of its flags.
 
-    python data/study/credit_togo.py --n 4 --budget 150
+    python data/study/credit_togo.py --n 4 --budget 160
     torchrun --nproc-per-node 8 -- data/study/credit_togo.py --n 4 --out out/togo ...
 
 The reward of a completion is r = 1/N sum_j c_j - penalty, where c_j is the mark of problem j. Let i(t) be the

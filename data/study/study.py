@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
@@ -35,21 +35,21 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
 import bcr  # noqa: E402
-from data.chat import decode, encode_chat  # noqa: E402
-from data.problems import batch_prompt, draw_groups, load_problems, write_lines  # noqa: E402
+from data.chat import decode, encode_chat, load_chat  # noqa: E402
+from data.problems import batch_prompt, draw_groups, load_problems  # noqa: E402
 from data.study import credit_togo  # noqa: E402
-from data.tiny import make  # noqa: E402
 from evaluate import count_waits, load_model, student95  # noqa: E402
 from model import read_json, write_json, write_text  # noqa: E402
 from reward import find_headers, score  # noqa: E402
 from rollout import generate  # noqa: E402
 
 PROBLEMS = 24  # in a step, in every arm: --groups is this / N
-STEPS, LR = 20, 3e-4
-NS = (1, 2, 3, 4, 6, 8)  # for the task-scaling law
-EVALUATED = 240  # held-out problems
-SHARED = 150  # the budget under which all N are compared: that of BCR at N = 4, 37.5 per problem
-STRENGTHS = (0.25, 0.5, 1, 2, 4)  # of the explicit penalty: what a completion that fills the budget loses
+STEPS, LONG, LR = 40, 160, 3e-4
+EVALUATED, ROOM = 400, 1536  # held-out problems; a budget that truncates nothing, even at N = 8
+SHARE = 40  # tokens per problem that BCR at N = 4 and the cap at N = 1 are trained with
+ALLOWED = (15, 20, 25, 30, 35, 40, 50, 60, 80, 110, 150, 200)  # tokens per problem in the figure
+HARD = 6  # a problem of at least this many steps is one of the hardest
+STRENGTHS = (1, 4, 16)  # of the penalty: what a completion of 512 tokens would lose
 
 
 def groups(n, problems):
@@ -60,40 +60,26 @@ def groups(n, problems):
 
 ARMS = {  # flags of bcr.py
     "base": {},
-    # 37.5 tokens per problem, and other budgets
-    "bcr-n2": dict(n=2, budget=75), "bcr-n3": dict(n=3, budget=112), "bcr-n4": dict(n=4, budget=150),
-    "bcr-n8": dict(n=8, budget=300), "bcr-n4-tight": dict(n=4, budget=100),
-    "bcr-n4-loose": dict(n=4, budget=220), "bcr-mixed": dict(n="2,4,8", budget="75,150,300"),
-    "rl-n1": dict(n=1, budget=512),  # does RL alone shorten?
-    "cap-n1": dict(n=1, budget=38), "cap-n1-tight": dict(n=1, budget=25),  # is it the sharing or the cap?
-    "rl-n4": dict(n=4, budget=640),  # is it the budget or the format?
-    **{f"penalty-{x}": dict(n=1, budget=192, length_penalty=x) for x in STRENGTHS},
-    **{f"penalty-{x}-std": dict(n=1, budget=192, length_penalty=x, normalize_std=True) for x in STRENGTHS},
-    "togo-n4": dict(n=4, budget=150),
+    "bcr-n2": dict(n=2, budget=2 * SHARE), "bcr-n4": dict(n=4, budget=4 * SHARE),
+    "bcr-n8": dict(n=8, budget=8 * SHARE),
+    "mixed": dict(n="1,2,4,8", budget=8 * SHARE),  # one budget for every N
+    "grpo-n1": dict(n=1, budget=512),  # does RL alone shorten?
+    "grpo-n4": dict(n=4, budget=1024),  # is it the budget or the format?
+    "cap-n1": dict(n=1, budget=SHARE), "cap-n1-tight": dict(n=1, budget=30),  # is it the sharing or the cap?
+    **{f"penalty-{x}": dict(n=1, budget=512, length_penalty=x) for x in STRENGTHS},
+    **{f"penalty-{x}-std": dict(n=1, budget=512, length_penalty=x, normalize_std=True) for x in STRENGTHS},
+    "togo-n4": dict(n=4, budget=4 * SHARE),
     # Does it last? The only arms that see more problems than the others.
-    "bcr-n4-long": dict(n=4, budget=150, steps=80),
-    "penalty-4-std-long": dict(n=1, budget=192, length_penalty=4, normalize_std=True, steps=80),
+    "bcr-n4-long": dict(n=4, budget=4 * SHARE, steps=LONG),
+    "cap-n1-long": dict(n=1, budget=SHARE, steps=LONG),
+    "penalty-16-std-long": dict(n=1, budget=512, length_penalty=16, normalize_std=True, steps=LONG),
+    "mixed-long": dict(n="1,2,4,8", budget=8 * SHARE, steps=LONG),
 }
 PROGRAMS = {"togo-n4": "data/study/credit_togo.py"}  # all other arms are trained by bcr.py
-SCALING = ("base", "rl-n1", "bcr-n4", "bcr-n8", "bcr-mixed")  # evaluated at all NS, the others at 1, 4 and 8
-ELSEWHERE = ("base", "bcr-n4", "rl-n1")  # arms that are evaluated on harder problems, too
+SCALING = ("base", "bcr-n4", "mixed", "bcr-n4-long", "mixed-long")  # evaluated at N = 2, too
 
 # ----------------------------------------------------------------------------------------------
 # Runs
-
-
-def harder_problems(path, count):
-    """Two files of problems outside the tiny world: chains of five and six steps, and numbers up to 60."""
-    for name, steps, largest, operand in (("longer", (5, 6), 30, 12), ("larger", (2, 3, 4), 60, 24)):
-        rng, (make.LARGEST, make.OPERAND) = random.Random(1), (largest, operand)
-        problems = []
-        while len(problems) < count:
-            problem = make.make_problem(rng, steps=rng.choice(steps))
-            start, chain, _ = problem["chain"]
-            if name == "longer" or max(np.cumsum([start] + [sign * b for sign, b in chain])) > 30:
-                problems.append({key: problem[key] for key in ("problem", "answer", "difficulty")})
-        path.mkdir(parents=True, exist_ok=True)
-        write_lines(path / f"{name}.jsonl", problems)
 
 
 def run_program(program, out, **flags):
@@ -119,16 +105,15 @@ def run_program(program, out, **flags):
 def one_run(o, name, seed):
     """Trains and evaluates one arm with one seed. All arms are evaluated on the same problems and draws."""
     out, clock, flags = o.out / f"{name}-seed{seed}", time.time(), ARMS[name]
-    common = {"seed": seed, "within": SHARED, "problems": o.evaluated}
+    model = {}
     if flags:
         run_program(PROGRAMS.get(name, "bcr.py"), out, **{"steps": o.steps} | flags, seed=seed, lr=LR,
-                    groups=groups(flags["n"], o.problems), save_every=10, eval_n=1, eval_problems=1)
-        common["model"] = out / "model"
-    ns = "1,4" if o.brief else ",".join(map(str, NS if name in SCALING else (1, 4, 8)))
-    run_program("evaluate.py", out.with_name(f"{out.name}-evaluated"), **common, n=ns)
-    if name in ELSEWHERE and not o.brief:
-        files = ",".join(str(o.out / f"problems/{kind}.jsonl") for kind in ("longer", "larger"))
-        run_program("evaluate.py", out.with_name(f"{out.name}-elsewhere"), **common, n="1,4", data=files)
+                    groups=groups(flags["n"], o.problems), save_every=10, eval_n=1, eval_problems=1,
+                    eval_budget=ROOM)
+        model = {"model": out / "model"}
+    ns = "1,2,4,8" if name in SCALING else "1,4,8"
+    run_program("evaluate.py", out.with_name(f"{out.name}-evaluated"), **model, seed=seed, n=ns, budget=ROOM,
+                problems=o.evaluated)
     return f"{name}, seed {seed}: {time.time() - clock:.0f} s"
 
 
@@ -151,7 +136,7 @@ def gradient_variance(model_path, groups=64, samples=8, seed=0):
         prompt, golds = encode_chat(chat, batch_prompt(group)), [problem["answer"] for problem in group]
         pair = {name: [] for name in CREDITS}
         for turn in (1, 2):
-            completions = generate(model, [prompt], samples, SHARED, eos_ids=chat.eos_ids, seed=seed,
+            completions = generate(model, [prompt], samples, 4 * SHARE, eos_ids=chat.eos_ids, seed=seed,
                                    step=turn, prompt_keys=[p])
             texts = decode(chat, [c.tokens for c in completions])
             correct = np.array([[score(text, golds) for text in texts]], dtype=float)  # (1, G, 4)
@@ -160,7 +145,7 @@ def gradient_variance(model_path, groups=64, samples=8, seed=0):
             for name, credit in CREDITS.items():
                 rows = [bcr.Row(prompt, c.tokens, c.logprobs, advantages)
                         for c, advantages in zip(completions, credit(rollout, chat, s))]
-                bcr.accumulate_gradient(model, parameters, rows, samples * SHARED, s)
+                bcr.accumulate_gradient(model, parameters, rows, samples * 4 * SHARE, s)
                 pair[name].append(torch.cat([weight.grad.flatten() for weight in parameters]))
                 model.zero_grad()
         for name, (first, second) in pair.items():
@@ -180,20 +165,10 @@ def records_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def by_n_figures(by_n, prefix=""):
-    """The results of evaluate.py for one file of problems."""
-    found = {}
-    for n, of_n in by_n.items():
-        found |= {f"{prefix}tokens, N={n}": of_n["tokens_per_problem"],
-                  f"{prefix}right %, N={n}": 100 * of_n["accuracy"],
-                  f"{prefix}right % in {SHARED}, N={n}": 100 * of_n["accuracy_in_budget"],
-                  f"{prefix}waits, N={n}": of_n["loops_per_problem"]}
-    return found
-
-
 def anatomy(records):
     """What a solution consists of, as means over problems: waits, equations (steps and checks), and the share
-    of solutions that begin with a restatement, that are done again, and that have no step at all."""
+    of solutions that begin with a restatement, that are done again, that join several operations in one step,
+    and that have no step at all."""
     counts = []
     for record in records:
         text = record["completion"]
@@ -201,48 +176,72 @@ def anatomy(records):
         for start, end in zip(starts, [*starts[1:], len(text)]):
             work = text[start:end].split("Answer")[0]
             counts.append((count_waits(work), work.count("="), 100 * ("We need" in work),
-                           100 * ("do it again" in work), 100 * ("=" not in work)))
-    names = ("waits", "equations", "restated %", "done again %", "no steps %")
+                           100 * ("do it again" in work),
+                           100 * bool(re.search(r"\d+( [+-] \d+){2,} =", work)), 100 * ("=" not in work)))
+    names = ("waits", "equations", "restated %", "done again %", "hurried %", "no steps %")
     return dict(zip(names, np.mean(counts, axis=0).tolist()))
 
 
-def figures_by_steps(records, problems):
-    """Tokens and accuracy at N = 1 by the number of steps that a problem needs. problems: {id: problem}."""
+def marks_within(record, tokens, golds, chat):
+    """The marks of a completion that is cut after `tokens` tokens, None where they do not count. Its text is
+    encoded again: the tokenizer gives the tokens that were sampled (tested)."""
+    if record["tokens"] <= tokens:
+        return record["correct"]
+    ids = chat.tokenizer.encode(record["completion"], add_special_tokens=False).ids
+    marks = score(decode(chat, [ids[:tokens]])[0], golds)
+    return [mark if counted is not None else None for mark, counted in zip(marks, record["correct"])]
+
+
+def accuracy_figures(records, n, problems, chat):
+    """Accuracy at one N: of all problems and of the hardest, not truncated and within each of ALLOWED."""
+    golds = [[problems[i]["answer"] for i in record["problems"]] for record in records]
+    hard = np.array([[problems[i]["difficulty"] >= HARD for i in r["problems"]] for r in records])  # (P, N)
     found = {}
-    for steps in (2, 3, 4):
-        some = [r for r in records if problems[r["problems"][0]]["difficulty"] == steps]
-        if some:
-            found[f"{steps} steps, tokens"] = np.mean([r["tokens"] for r in some])
-            found[f"{steps} steps, right %"] = 100 * np.mean([r["correct"][0] for r in some])
+    for allowed in (None, *ALLOWED):
+        marks = np.array([marks_within(r, allowed * n if allowed else ROOM, of, chat)
+                          for r, of in zip(records, golds)], dtype=float)  # (P, N)
+        where = f" in {allowed}" if allowed else ""
+        found[f"right %{where}, N={n}"] = 100 * np.nanmean(marks)
+        found[f"hardest right %{where}, N={n}"] = 100 * np.nanmean(marks[hard])
     return found
 
 
-def run_figures(run, problems):
+def figures_by_steps(records, problems):
+    """Tokens, accuracy and waits at N = 1 by the number of steps that a problem needs."""
+    found = {}
+    for low in (1, 3, 5, 7):
+        some = [r for r in records if problems[r["problems"][0]]["difficulty"] in (low, low + 1)]
+        if some:
+            found[f"{low}-{low + 1} steps, tokens"] = np.mean([r["tokens"] for r in some])
+            found[f"{low}-{low + 1} steps, right %"] = 100 * np.mean([r["correct"][0] for r in some])
+    return found
+
+
+def run_figures(run, problems, chat):
     """All figures of the run in directory `run`, or {} if its evaluation has not finished."""
-    evaluated, elsewhere = (run.with_name(f"{run.name}-{kind}") for kind in ("evaluated", "elsewhere"))
+    evaluated = run.with_name(f"{run.name}-evaluated")
     if not (evaluated / "results.json").exists():
         return {}
-    by_n = read_json(evaluated / "results.json")["results"]["heldout"]
-    alone, in_fours = (records_of(evaluated / f"evaluation/heldout-n{n}-step0.jsonl") for n in (1, 4))
-    found = by_n_figures(by_n) | anatomy(alone) | figures_by_steps(alone, problems)
-    for n, part in itertools.product([n for n in ("4", "8") if n in by_n], ("", f" in {SHARED}")):
-        found[f"lost to N={n}{part}"] = found[f"right %{part}, N=1"] - found[f"right %{part}, N={n}"]
-    for position, right in enumerate(by_n.get("8", {}).get("accuracy_by_position", ()), start=1):
+    by_n, found = read_json(evaluated / "results.json")["results"]["heldout"], {}
+    records = {n: records_of(evaluated / f"evaluation/heldout-n{n}-step0.jsonl") for n in by_n}
+    for n, of_n in by_n.items():
+        found |= {f"tokens, N={n}": of_n["tokens_per_problem"], f"waits, N={n}": of_n["loops_per_problem"],
+                  f"truncated %, N={n}": 100 * of_n["truncated"]}
+        found |= accuracy_figures(records[n], int(n), problems, chat)
+    found |= anatomy(records["1"]) | figures_by_steps(records["1"], problems)
+    for position, right in enumerate(by_n["8"]["accuracy_by_position"], start=1):
         found[f"position {position}"] = 100 * right
     tokens = [of_n["tokens_per_problem"] for of_n in by_n.values()]
     found["exponent"] = np.polyfit(np.log([int(n) for n in by_n]), np.log(tokens), 1)[0]
     found["falls at each N"] = bool(np.all(np.diff(tokens) < 0))
-    golds = [[problems[i]["answer"] for i in record["problems"]] for record in in_fours]
-    unsure = credit_togo.unsure_share([record["completion"] for record in in_fours], golds)
+    golds = [[problems[i]["answer"] for i in record["problems"]] for record in records["4"]]
+    unsure = credit_togo.unsure_share([record["completion"] for record in records["4"]], golds)
     found["sections unsure %, N=4"] = 100 * unsure
-    if (elsewhere / "results.json").exists():
-        for name, of_file in read_json(elsewhere / "results.json")["results"].items():
-            found |= by_n_figures(of_file, f"{name}, ")
     if (run / "metrics.jsonl").exists():
         steps = records_of(run / "metrics.jsonl")
         found["training"] = [100 * m["accuracy"] for m in steps]
         found["worst right %"] = np.convolve(found["training"], np.ones(3) / 3, "valid").min()
-        found["largest gradient norm"] = max(m["grad_norm"] for m in steps)
+        found["last entropy"] = steps[-1]["entropy"]
         found["seconds"] = sum(m["sampling_seconds"] + m["training_seconds"] for m in steps)
     return found
 
@@ -250,8 +249,9 @@ def run_figures(run, problems):
 def collect(out, arms, seeds):
     """{arm: {seed: figures}} of all runs that have finished."""
     problems, found = {p["id"]: p for p in load_problems(REPO / "data/tiny/heldout.jsonl")}, {}
+    chat = load_chat(bcr.Settings.model)
     for arm, seed in itertools.product(arms, seeds):
-        if figures_of_run := run_figures(out / f"{arm}-seed{seed}", problems):
+        if figures_of_run := run_figures(out / f"{arm}-seed{seed}", problems, chat):
             found.setdefault(arm, {})[seed] = figures_of_run
     return found
 
@@ -259,7 +259,7 @@ def collect(out, arms, seeds):
 # ----------------------------------------------------------------------------------------------
 # Tables
 
-DIGITS = {"waits": 2, "equations": 2, "exponent": 3, "largest gradient norm": 3}
+DIGITS = {"waits": 2, "equations": 2, "exponent": 3, "last entropy": 3}
 
 
 def interval(values):
@@ -298,25 +298,46 @@ def arm_table(title, found, names, statistic=cell):
     return title + "\n\n" + markdown(["arm", *names], [row for row in rows if any(row[1:])])
 
 
+PAIRS = (  # an arm, the arm it is compared with
+    ("bcr-n2", "base"), ("bcr-n4", "base"), ("bcr-n8", "base"), ("mixed", "base"), ("grpo-n1", "base"),
+    ("grpo-n4", "base"), ("bcr-n4-long", "base"), ("cap-n1-long", "base"), ("penalty-16-std-long", "base"),
+    ("mixed-long", "base"), ("bcr-n4", "cap-n1"), ("bcr-n4", "cap-n1-tight"), ("bcr-n4-long", "cap-n1-long"),
+    *(("bcr-n4", f"penalty-{x}{suffix}") for suffix in ("", "-std") for x in STRENGTHS),
+    ("bcr-n4-long", "penalty-16-std-long"), ("togo-n4", "bcr-n4"))
+ROOMY = [f"{what}right %, N={n}" for n in (1, 4, 8) for what in ("", "hardest ")]
+
+
 def against(found, arm, other, compare):
     """compare(figures, figures of the other arm) seed by seed: the same problems, the same draws."""
     return [compare(found[arm][seed], found[other][seed]) for seed in found[arm] if seed in found[other]]
 
 
 def differences_table(found):
-    names = ["right %, N=1", "right %, N=4", f"right % in {SHARED}, N=4", "lost to N=4", "lost to N=8",
-             f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}"]
-    pairs = [(arm, other) for other in ("base", "rl-n1", "bcr-n4") for arm in found if arm != "base"]
-    pairs += [("cap-n1-tight", "bcr-n4-tight"), ("penalty-4-std-long", "bcr-n4-long")]
     rows, tokens = [], "tokens, N=1"
-    for arm, other in pairs:
-        if arm in found and other in found and arm != other:
+    for arm, other in PAIRS:
+        if arm in found and other in found:
             changes = [against(found, arm, other, lambda a, b: 100 * (a[tokens] / b[tokens] - 1))]
             changes += [against(found, arm, other, lambda a, b: a.get(name, math.nan) - b.get(name, math.nan))
-                        for name in names]
+                        for name in ROOMY]
             rows.append([f"{arm} against {other}", *map(cell, changes)])
-    return ("Differences, seed by seed: tokens in %, the others in points\n\n"
-            + markdown(["", tokens, *names], rows))
+    return ("Differences, seed by seed, not truncated: tokens in %, the others in points\n\n"
+            + markdown(["", tokens, *ROOMY], rows))
+
+
+def sharing_table(found):
+    """At SHARE tokens per problem: N problems that share them against one problem alone, each in its arm."""
+    rows, pairs = [], (("base", "base"), ("bcr-n4", "cap-n1"), ("bcr-n4-long", "cap-n1-long"),
+                       ("bcr-n4", "bcr-n4"), ("bcr-n4-long", "bcr-n4-long"))
+    for arm, other in pairs:
+        if arm in found and other in found:
+            rows.append([f"{arm} at N = 4 against {other} at N = 1"])
+            for what in ("right", "hardest right"):
+                here, there = (f"{what} % in {SHARE}, N={n}" for n in (4, 1))
+                rows[-1] += [cell(over_seeds(found[arm], here)), cell(over_seeds(found[other], there)),
+                             cell(against(found, arm, other, lambda a, b: a[here] - b[there]))]
+    head = [f"{what}, {column}" for what in ("right %", "hardest right %")
+            for column in ("N = 4", "N = 1", "difference")]
+    return f"Within {SHARE} tokens per problem: shared against alone\n\n" + markdown(["", *head], rows)
 
 
 def credit_tables(out, found):
@@ -324,7 +345,7 @@ def credit_tables(out, found):
     if "togo-n4" not in found or "bcr-n4" not in found:
         return
     rows = []
-    for goal in (50, 60, 70):
+    for goal in (60, 70, 80):
         rows.append([f"{goal}%"])
         for arm in ("bcr-n4", "togo-n4"):
             reached = [next((i for i in range(3, len(a) + 1) if np.mean(a[i - 3 : i]) >= goal), math.nan)
@@ -341,29 +362,27 @@ def credit_tables(out, found):
 
 def report(out, found):
     """Prints and writes the tables. Every number of the README comes from here."""
-    scaled, in_budget = {arm: found[arm] for arm in SCALING if arm in found}, f"right % in {SHARED}, N="
+    in_share = [f"{what} % in {SHARE}, N={n}" for what in ("right", "hardest right") for n in (1, 4, 8)]
     parts = (
         arm_table("Arms: mean over seeds, ± half a 95% interval", found, (
-            "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", f"{in_budget}4",
+            "tokens, N=1", "right %, N=1", "waits, N=1", "tokens, N=4", "right %, N=4", "tokens, N=8",
             "right %, N=8")),
-        differences_table(found),
-        arm_table("Task scaling: tokens per problem ~ N^exponent over all N; points lost from N=1 on", found,
-                  ("exponent", "falls at each N", "lost to N=4", "lost to N=8",
-                   f"lost to N=4 in {SHARED}", f"lost to N=8 in {SHARED}")),
-        arm_table("Tokens per problem by N, not truncated", scaled, [f"tokens, N={n}" for n in NS]),
-        arm_table("Right % by N, not truncated", scaled, [f"right %, N={n}" for n in NS]),
-        arm_table(f"Right % by N, all N in {SHARED} tokens", scaled, [f"{in_budget}{n}" for n in NS]),
-        arm_table("What shortened, N = 1", found,
-                  ("waits", "equations", "restated %", "done again %", "no steps %")),
-        arm_table("By the number of steps that a problem needs, N = 1", found,
-                  [f"{steps} steps, {what}" for steps in (2, 3, 4) for what in ("tokens", "right %")]),
-        arm_table("Stability: the worst three steps in training, in the arm's own budget", found,
-                  ("worst right %", "largest gradient norm", "sections unsure %, N=4", "seconds")),
-        arm_table("Stability: the lowest of any seed", found, ("worst right %", "right %, N=1"), lowest),
+        arm_table(f"Within {SHARE} tokens per problem; the hardest have {HARD} steps or more", found,
+                  in_share),
+        sharing_table(found), differences_table(found),
+        arm_table("The hardest problems, not truncated", found, ROOMY[1::2]),
+        arm_table("Task scaling: tokens per problem ~ N^exponent", found, (
+            "exponent", "falls at each N", *(f"tokens, N={n}" for n in (1, 2, 4, 8)),
+            *(f"right %, N={n}" for n in (1, 2, 4, 8)))),
+        arm_table("What is dropped, N = 1", found, (
+            "waits", "equations", "restated %", "done again %", "hurried %", "no steps %")),
+        arm_table("By the number of steps that a problem needs, N = 1", found, [
+            f"{low}-{low + 1} steps, {what}" for low in (1, 3, 5, 7) for what in ("tokens", "right %")]),
+        arm_table("Stability: the worst three steps in training, in the arm's own budget", found, (
+            "worst right %", "last entropy", "sections unsure %, N=4", "truncated %, N=8", "seconds")),
+        arm_table("Stability: the lowest of any seed", found,
+                  ("worst right %", "right %, N=1", "right %, N=4"), lowest),
         arm_table("Right % by position, N = 8, not truncated", found, [f"position {i}" for i in range(1, 9)]),
-        arm_table("Elsewhere: chains of 5 and 6 steps; numbers up to 60", found,
-                  [f"{file}, {what}, N={n}" for file in ("longer", "larger") for n in (1, 4)
-                   for what in ("tokens", "right %")]),
         *credit_tables(out, found))
     text = "\n\n".join(parts) + "\n"
     print(text)
@@ -371,7 +390,7 @@ def report(out, found):
     write_json(out / "results.json", found)
 
 
-def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"), count=4,
+def examples(out, names=("base", "grpo-n1", "bcr-n4", "cap-n1", "penalty-16-std"), count=4,
              heldout=REPO / "data/tiny/heldout.jsonl"):
     """examples.txt: the same problems answered by several arms (seed 0, N = 1)."""
     problems, parts = {problem["id"]: problem["problem"] for problem in load_problems(heldout)}, []
@@ -390,7 +409,7 @@ def examples(out, names=("base", "rl-n1", "bcr-n4", "penalty-1", "penalty-4-std"
 
 
 def figures(out, found):
-    """Four PNG files, or a line of text if matplotlib is not installed."""
+    """Two PNG files, or a line of text if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -399,77 +418,48 @@ def figures(out, found):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for draw, name, size, columns in (
-            (scaling_figure, "scaling", (14, 4), 3), (penalty_figure, "penalty", (14, 4.4), 3),
-            (anatomy_figure, "anatomy", (14, 3.6), 4), (training_figure, "training", (10, 3.8), 2)):
-        figure, axes = pyplot.subplots(1, columns, figsize=size, sharey=name == "anatomy")
+    for draw, name, height, columns in ((sharing_figure, "sharing", 4.2, 3), (arms_figure, "arms", 5, 2)):
+        figure, axes = pyplot.subplots(1, columns, figsize=(13, height), sharey=True)
         draw(axes, found)
         figure.tight_layout()
         figure.savefig(out / f"{name}.png", dpi=100)
 
 
-def band(axis, x, middle, low, high, colour, label, style="-"):
-    axis.plot(x, middle, style, color=colour, label=label)
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.legend(fontsize=8)
-
-
-def scaling_figure(axes, found):
-    colours = ("tab:gray", "tab:orange", "tab:blue", "tab:purple", "tab:green")
-    for axis, name in zip(axes, ("tokens", "right %", f"right % in {SHARED}")):
-        for arm, colour in zip(SCALING, colours):
-            if arm in found:
-                middle, half = np.transpose([interval(over_seeds(found[arm], f"{name}, N={n}")) for n in NS])
-                band(axis, NS, middle, middle - half, middle + half, colour, arm, "o-")
-        axis.set(title=name, xlabel="N problems in the prompt", ylim=(0, None))
-
-
-def penalty_figure(axes, found):
-    """Tokens and accuracy at N = 1 of all arms, then each over the strength of the penalty."""
-    colours = {"bcr": "tab:blue", "togo": "tab:blue", "penalty": "tab:red"}
-    for arm, of_arm in found.items():
-        (x, dx), (y, dy) = (interval(over_seeds(of_arm, name)) for name in ("tokens, N=1", "right %, N=1"))
-        colour = colours.get(arm.split("-")[0], "tab:gray")
-        axes[0].errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=0.7)
-        if not arm.startswith("penalty"):  # the other two axes show those
-            axes[0].annotate(arm, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes[0].set(title="all arms, N = 1 (red: penalties)", xlabel="tokens per problem", ylabel="right %")
-    for axis, name, limits in ((axes[1], "tokens, N=1", (0, None)), (axes[2], "right %, N=1", (80, 100))):
-        for suffix, colour, label in (("", "tab:red", "constant scale"),
-                                      ("-std", "tab:purple", "divided by the group's deviation")):
-            arms = {x: found[f"penalty-{x}{suffix}"] for x in STRENGTHS if f"penalty-{x}{suffix}" in found}
-            if arms:
-                points = zip(*(interval(over_seeds(of_arm, name)) for of_arm in arms.values()))
-                axis.errorbar(list(arms), *points, fmt="o-", color=colour, label=label)
-        for arm, colour in (("base", "tab:gray"), ("bcr-n4", "tab:blue")):
-            if arm in found:
-                axis.axhline(np.mean(over_seeds(found[arm], name)), color=colour, linestyle="--", label=arm)
-        axis.set(title=f"penalty: {name}", xlabel="strength of the penalty", xscale="log", ylim=limits)
-        axis.set_xticks(STRENGTHS, map(str, STRENGTHS))
+def sharing_figure(axes, found):
+    """Accuracy against the tokens allowed per problem: what a budget buys, shared or alone."""
+    colours = {"base": "tab:gray", "cap-n1": "tab:red", "bcr-n4": "tab:blue"}
+    labels = {"base": "base model", "cap-n1": f"trained with a cap: {SHARE} tokens at N = 1",
+              "bcr-n4": f"trained with BCR: {4 * SHARE} tokens at N = 4"}
+    for axis, n in zip(axes, (1, 4, 8)):
+        for arm in [arm for arm in colours if arm in found]:
+            middle, half = np.transpose([interval(over_seeds(found[arm], f"right % in {allowed}, N={n}"))
+                                         for allowed in ALLOWED])
+            axis.plot(ALLOWED, middle, "o-", markersize=3, color=colours[arm], label=labels[arm])
+            axis.fill_between(ALLOWED, middle - half, middle + half, color=colours[arm], alpha=0.2,
+                              linewidth=0)
+        axis.axvline(SHARE, color="black", linestyle=":", linewidth=1)
+        axis.set(title=f"N = {n} in one prompt", xlabel="tokens allowed per problem", xscale="log")
+        axis.set_xticks((15, 20, 30, 40, 60, 80, 110, 150, 200), (15, 20, 30, 40, 60, 80, 110, 150, 200))
         axis.set_xticks([], minor=True)
-        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("right %")
+    axes[0].legend(fontsize=9)
 
 
-def anatomy_figure(axes, found):
-    arms = ("base", "rl-n1", "rl-n4", "cap-n1", "bcr-n2", "bcr-n4", "bcr-n8", "penalty-1", "penalty-4-std")
-    shown = [arm for arm in arms if arm in found]
-    for axis, name in zip(axes, ("waits", "equations", "done again %", "no steps %")):
-        points = [interval(over_seeds(found[arm], name)) for arm in shown]
-        axis.barh(shown, [p[0] for p in points], xerr=[p[1] for p in points], color="tab:blue", alpha=0.7)
-        axis.set(title=f"{name}, N = 1")
-    axes[0].invert_yaxis()
-
-
-def training_figure(axes, found):
-    at_four = {"bcr-n4-long": "tab:gray", "bcr-n4": "tab:blue", "togo-n4": "tab:green"}
-    at_one = {"rl-n1": "tab:orange", "penalty-1": "tab:red", "penalty-4-std-long": "tab:purple"}
-    for axis, colours, n in zip(axes, (at_four, at_one), (4, 1)):
-        for arm, colour in colours.items():
-            if arm in found:
-                values = np.array(over_seeds(found[arm], "training"))  # (seeds, steps)
-                x = np.arange(1, values.shape[1] + 1)
-                band(axis, x, values.mean(axis=0), values.min(axis=0), values.max(axis=0), colour, arm)
-        axis.set(title=f"N = {n}: right % in training (mean, range)", xlabel="step", ylim=(0, 100))
+def arms_figure(axes, found):
+    """Tokens and accuracy of every arm at N = 1 and N = 4, not truncated."""
+    colours = {"bcr": "tab:blue", "togo": "tab:blue", "mixed": "tab:green", "cap": "tab:red",
+               "penalty": "tab:purple"}
+    for axis, n in zip(axes, (1, 4)):
+        for arm, of_arm in found.items():
+            x, dx = interval(over_seeds(of_arm, f"tokens, N={n}"))
+            y, dy = interval(over_seeds(of_arm, f"right %, N={n}"))
+            colour = colours.get(arm.split("-")[0], "tab:gray")
+            axis.errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=0.7)
+            axis.annotate(arm, (x, y), fontsize=7, color=colour, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=f"N = {n}, not truncated", xlabel="tokens per problem")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("right %")
 
 
 def main():
@@ -482,14 +472,13 @@ def main():
     options.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
     options.add_argument("--problems", type=int, default=PROBLEMS, help="problems in a training step")
     options.add_argument("--evaluated", type=int, default=EVALUATED, help="held-out problems to evaluate on")
-    options.add_argument("--brief", action="store_true", help="evaluate at N = 1 and 4, no harder problems")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options.add_argument("--report", action="store_true", help="only write the report")
     o = options.parse_args()
     if unknown := set(o.arms) - set(ARMS):
         options.error(f"unknown arms: {', '.join(sorted(unknown))}")
     if not o.report:
-        harder_problems(o.out / "problems", o.evaluated)
+        o.out.mkdir(parents=True, exist_ok=True)
         clock = time.time()
         with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has complete seeds
             jobs = [pool.submit(one_run, o, name, seed) for seed in range(o.seeds) for name in o.arms]
