@@ -158,7 +158,7 @@ def test_three_steps_that_are_not_finite_end_the_run(tmp_path, capsys, monkeypat
         state["model.norm.weight"] *= 1e38
         save_file(state, tmp_path / "model/model.safetensors")
         change = ["--model", tmp_path / "model"]
-    flags = [*SMALL, "--samples", 8, "--steps", 9, "--save-every", 9, *change]
+    flags = [*SMALL, "--groups", 8, "--samples", 8, "--steps", 9, "--save-every", 9, *change]
     assert status_of(bcr.main, *flags, "--out", tmp_path / "out") == 2
     stderr = capsys.readouterr().err
     assert len(stderr.strip().splitlines()) == 1 and "steps 1 to 3" in stderr and "not finite" in stderr

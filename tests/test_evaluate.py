@@ -251,7 +251,7 @@ def test_solve_answers_in_input_order_and_asks_again(tmp_path):
     problems = [{"id": f"p{i}", "problem": p["problem"]} | ({"answer": p["answer"]} if i % 2 else {})
                 for i, p in enumerate(heldout(21))]
     write_lines(tmp_path / "problems.jsonl", problems)
-    flags = ["--solve", tmp_path / "problems.jsonl", "--n", 4, "--budget", 150, "--rows", 5, "--out", out]
+    flags = ["--solve", tmp_path / "problems.jsonl", "--n", 4, "--budget", 220, "--rows", 5, "--out", out]
     assert status_of(evaluate.main, *flags) == 0
     entries, summary = lines_of(out / "answers.jsonl"), json.loads((out / "results.json").read_text())
     assert [e["id"] for e in entries] == [p["id"] for p in problems]

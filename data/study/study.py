@@ -8,7 +8,7 @@ The study: each claim of the paper tried in the tiny world, with controls, five 
 An arm is a set of flags of bcr.py (togo-n4: of credit_togo.py), which does all the training. All arms see the
 same number of problems per step and train for the same number of steps. A run is one arm with one seed: it is
 trained, then evaluated by evaluate.py, each in a directory of its own under --out. Runs that were stopped are
-resumed, and finished runs are not repeated.
+resumed, finished runs are not repeated, and a long run continues the short one.
 
 The report: report.txt (tables), results.json (the values of each seed), examples.txt (the same problems
 answered by several arms) and figures (if matplotlib is installed).
@@ -44,7 +44,8 @@ from reward import find_headers, score  # noqa: E402
 from rollout import generate  # noqa: E402
 
 PROBLEMS = 24  # in a step, in every arm: --groups is this / N
-STEPS, LONG, LR = 40, 160, 3e-4
+STEPS, LONG, LR = 40, 160, 2e-4
+SEEDS, LONG_SEEDS = 5, 3  # of each arm, and of those that train for LONG steps
 EVALUATED, ROOM = 400, 1536  # held-out problems; a budget that truncates nothing, even at N = 8
 SHARE = 40  # tokens per problem that BCR at N = 4 and the cap at N = 1 are trained with
 ALLOWED = (15, 20, 25, 30, 35, 40, 50, 60, 80, 110, 150, 200)  # tokens per problem in the figure
@@ -97,15 +98,22 @@ def run_program(program, out, **flags):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{out.name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-        for checkpoint in out.glob("checkpoint-*"):  # model/ is all that is needed from here on
-            shutil.rmtree(checkpoint)
     return read_json(out / "results.json")
+
+
+def seeds_of(o, name):
+    return min(o.seeds, LONG_SEEDS) if name.endswith("-long") else o.seeds
 
 
 def one_run(o, name, seed):
     """Trains and evaluates one arm with one seed. All arms are evaluated on the same problems and draws."""
     out, clock, flags = o.out / f"{name}-seed{seed}", time.time(), ARMS[name]
-    model = {}
+    model, short = {}, o.out / f"{name.removesuffix('-long')}-seed{seed}"
+    if name.endswith("-long") and (short / "results.json").exists() and not out.exists():
+        part = out.with_name(f"{out.name}.tmp")
+        shutil.copytree(short, part, dirs_exist_ok=True)
+        (part / "results.json").unlink()
+        part.rename(out)  # its first steps are those of the short run, which it resumes
     if flags:
         run_program(PROGRAMS.get(name, "bcr.py"), out, **{"steps": o.steps} | flags, seed=seed, lr=LR,
                     groups=groups(flags["n"], o.problems), save_every=10, eval_n=1, eval_problems=1,
@@ -468,7 +476,8 @@ def main():
     options.add_argument("--out", type=Path, default=REPO / "out/study", help="default: out/study")
     options.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS),
                          help="arms, separated by commas: " + ", ".join(ARMS))
-    options.add_argument("--seeds", type=int, default=5, help="seeds of each arm")
+    options.add_argument("--seeds", type=int, default=SEEDS,
+                         help=f"seeds of each arm; at most {LONG_SEEDS} of the long ones")
     options.add_argument("--steps", type=int, default=STEPS, help="training steps of each run")
     options.add_argument("--problems", type=int, default=PROBLEMS, help="problems in a training step")
     options.add_argument("--evaluated", type=int, default=EVALUATED, help="held-out problems to evaluate on")
@@ -480,8 +489,10 @@ def main():
     if not o.report:
         o.out.mkdir(parents=True, exist_ok=True)
         clock = time.time()
-        with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has complete seeds
-            jobs = [pool.submit(one_run, o, name, seed) for seed in range(o.seeds) for name in o.arms]
+        with ThreadPoolExecutor(o.jobs) as pool:  # seed by seed: a study that was stopped has complete ones
+            runs = [(name, seed) for seed in range(o.seeds) for name in o.arms if seed < seeds_of(o, name)]
+            runs.sort(key=lambda run: run[0].endswith("-long"))
+            jobs = [pool.submit(one_run, o, name, seed) for name, seed in runs]
             for number, job in enumerate(jobs, start=1):
                 seconds = time.time() - clock
                 print(f"{number} of {len(jobs)}: {job.result()}; {seconds:.0f} s so far", flush=True)
