@@ -443,31 +443,35 @@ def sharing_figure(axes, found):
             middle, half = np.transpose([interval(over_seeds(found[arm], f"right % in {allowed}, N={n}"))
                                          for allowed in ALLOWED])
             axis.plot(ALLOWED, middle, "o-", markersize=3, color=colours[arm], label=labels[arm])
-            axis.fill_between(ALLOWED, middle - half, middle + half, color=colours[arm], alpha=0.2,
-                              linewidth=0)
+            low, high = np.clip((middle - half, middle + half), 0, 100)
+            axis.fill_between(ALLOWED, low, high, color=colours[arm], alpha=0.2, linewidth=0)
+        if n > 1 and "cap-n1" in found:
+            alone = [np.mean(over_seeds(found["cap-n1"], f"right % in {x}, N=1")) for x in ALLOWED]
+            axis.plot(ALLOWED, alone, "--", linewidth=1, color="tab:red", label="with the cap, at N = 1")
         axis.axvline(SHARE, color="black", linestyle=":", linewidth=1)
         axis.set(title=f"N = {n} in one prompt", xlabel="tokens allowed per problem", xscale="log")
         axis.set_xticks((15, 20, 30, 40, 60, 80, 110, 150, 200), (15, 20, 30, 40, 60, 80, 110, 150, 200))
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right %")
-    axes[0].legend(fontsize=9)
+    axes[1].legend(fontsize=8)
 
 
 def arms_figure(axes, found):
     """Tokens and accuracy of every arm at N = 1 and N = 4, not truncated."""
-    colours = {"bcr": "tab:blue", "togo": "tab:blue", "mixed": "tab:green", "cap": "tab:red",
-               "penalty": "tab:purple"}
-    for axis, n in zip(axes, (1, 4)):
-        for arm, of_arm in found.items():
-            x, dx = interval(over_seeds(of_arm, f"tokens, N={n}"))
-            y, dy = interval(over_seeds(of_arm, f"right %, N={n}"))
-            colour = colours.get(arm.split("-")[0], "tab:gray")
-            axis.errorbar(x, y, dy, dx, "o", color=colour, markersize=4, linewidth=0.7)
-            axis.annotate(arm, (x, y), fontsize=7, color=colour, xytext=(3, 3), textcoords="offset points")
-        axis.set(title=f"N = {n}, not truncated", xlabel="tokens per problem")
+    for axis, name in zip(axes, ("tokens", "right %")):
+        for n, colour, shift in ((1, "tab:blue", -0.15), (4, "tab:orange", 0.15)):
+            points = [interval(over_seeds(of_arm, f"{name}, N={n}")) for of_arm in found.values()]
+            middle, half = np.transpose(points)
+            axis.errorbar(middle, np.arange(len(found)) + shift, xerr=half, fmt="o", color=colour,
+                          markersize=4, linewidth=1, label=f"N = {n}")
+        axis.set(title=f"{name.replace('tokens', 'tokens per problem')}, not truncated")
+        axis.set_yticks(range(len(found)), found, fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("right %")
+    axes[0].set_xlim(0, 160)
+    axes[1].set_xlim(70, 100)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8)
 
 
 def main():
