@@ -101,16 +101,20 @@ def metrics_of(out):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines_of(out / "metrics.jsonl")]
 
 
+def figures_of(out):
+    """The figures in a run's results.json, without the timings."""
+    results = json.loads((out / "results.json").read_text())
+    for by_n in (*results["before"].values(), *results["after"].values()):
+        for of_n in by_n.values():
+            del of_n["problems_per_second"]
+    return {key: results[key] for key in ("before", "after", "change")}
+
+
 def outcome(out):
     """All that a run leaves, without its timings and the settings that a resumed run may change."""
-    results = json.loads((out / "results.json").read_text())
-    figures = {key: results[key] for key in ("before", "after", "change")}
-    for by_n in (*figures["before"].values(), *figures["after"].values()):
-        for of_n in by_n.values():
-            del of_n["problems_per_second"]  # a timing
     files = ["model/model.safetensors", "completions-before.txt", "completions-after.txt", "samples.txt"]
     paths = [*(out / name for name in files), *sorted(out.glob("evaluation/*"))]
-    return figures, metrics_of(out), {path.name: path.read_bytes() for path in paths}
+    return figures_of(out), metrics_of(out), {path.name: path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="session")

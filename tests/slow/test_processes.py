@@ -1,7 +1,6 @@
 """Several processes, started by bcr.py itself or by torchrun over gloo: they do what one does, and a run
 outlives one of them."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, REPO, TINY, metrics_of, outcome, start, wait_for
+from conftest import QUICK, REPO, TINY, figures_of, metrics_of, outcome, start, wait_for
 from distributed import load_checkpoint
 from model import Transformer, UserError
 
@@ -59,8 +58,7 @@ def assert_same(out, expected):
         assert m["grad_norm"] == pytest.approx(n["grad_norm"], rel=1e-4)
         assert m["entropy"] == pytest.approx(n["entropy"], rel=1e-4)
         assert m["loss"] == pytest.approx(n["loss"], rel=1e-3, abs=1e-7)
-    figures = [json.loads((path / "results.json").read_text()) for path in (out, expected)]
-    assert figures[0]["before"] == figures[1]["before"] and figures[0]["after"] == figures[1]["after"]
+    assert figures_of(out) == figures_of(expected)
     evaluations = [{path.name: path.read_bytes() for path in (directory / "evaluation").iterdir()}
                    for directory in (out, expected)]
     assert evaluations[0] == evaluations[1]
