@@ -363,6 +363,7 @@ def plot(path, stages, within, metrics=()):
         plot_training(axes[-1], metrics)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def plot_over_n(axes, by_n, stage, colour, within):
