@@ -38,17 +38,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 import distributed
 import evaluate
 from data.chat import check_budget, copy_tokenizer, decode, encode_chat
-from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems, write_lines
+from data.files import UserError, write_json, write_lines, write_text
+from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems
 from distributed import say
 from evaluate import flag
-from model import SharedPrompt, UserError, write_json, write_text
-from rollout import Completion
+from rollout import Completion, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 
@@ -145,36 +143,6 @@ class Row:
     tokens: list[int]  # (T,), EOS included: stopping is an action
     sampler_logprobs: torch.Tensor  # (T,)
     advantages: np.ndarray  # (T,)
-
-
-def token_logprobs(model, rows, temperature, max_logits=2**26):
-    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum of
-    their lengths. The prompt is computed once for all of them.
-
-    The head and the softmax run over as many tokens at a time as make `max_logits` logits, and again in the
-    backward pass: the logits of all tokens, (B, T, V), are what large vocabularies run out of memory on."""
-    S = len(rows[0].prompt) - 1
-    inputs = pad_sequence([torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows], batch_first=True)
-    B, T = inputs.shape  # each token is predicted at the one before it
-    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # (B, T), no padding
-    prompt = torch.tensor(rows[0].prompt[:-1], dtype=torch.int64)  # (S,)
-    tokens = torch.cat((prompt, inputs.flatten()))[None]  # (1, S + B T): the prompt once, then B times T
-    positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
-    rotation = model.rotations(positions.to(model.device))
-    shared = SharedPrompt(S, B) if B > 1 else None
-    hidden = model.hidden(tokens.to(model.device), rotation, shared)[0, S:]  # (B T, C)
-    hidden = hidden[sampled.flatten().to(model.device)]  # (M, C)
-    targets = torch.tensor([token for row in rows for token in row.tokens], device=model.device)  # (M,)
-
-    def logprobs_of(hidden, targets):
-        logits = model.head(hidden).float() / temperature  # (chunk, V)
-        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
-
-    chunk = max(1, max_logits // model.config.vocab_size)
-    if len(targets) <= chunk:
-        return logprobs_of(hidden, targets)
-    return torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
 def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_high):

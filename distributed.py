@@ -35,9 +35,8 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data.chat import find_model
-from model import (
-    Transformer, UserError, join_parts, read_json, read_weights, weight_files, write_json)
+from data.files import UserError, find_model, read_json, write_json
+from model import Transformer, join_parts, read_weights, weight_files
 from rollout import Completion, generate
 
 # ----------------------------------------------------------------------------------------------
@@ -128,8 +127,8 @@ def watch(program, others, finished):
         return
     except multiprocessing.ProcessRaisedException as error:
         cause = str(error).strip()
-        if "\nmodel.UserError: " in cause:
-            cause, status = cause.rpartition("\nmodel.UserError: ")[2], 2
+        if "\ndata.files.UserError: " in cause:
+            cause, status = cause.rpartition("\ndata.files.UserError: ")[2], 2
     except multiprocessing.ProcessExitedException as error:
         how = error.signal_name or f"status {error.exit_code}"
         cause = (f"process {error.error_index + 1} of {world_size()} ended ({how}). Saved files are intact: "

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 import distributed
-from data.chat import decode, encode_chat, find_model, keep_fitting, load_chat
-from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems, write_lines
+from data.chat import decode, encode_chat, keep_fitting, load_chat
+from data.files import UserError, find_model, write_json, write_lines, write_text
+from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems
 from distributed import say
-from model import Transformer, UserError, write_json, write_text
+from model import Transformer
 from reward import extract_answers, score
 
 HERE = Path(__file__).resolve().parent

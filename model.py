@@ -11,9 +11,7 @@ The file reads from the blocks to the whole: layers, Transformer, loading and sa
 Shapes: B sequences, T tokens, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """
 
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from data.files import UserError, read_json, write_json
 
 # cuDNN attention returns NaN gradients at some lengths (pytorch issue 196678) and plans for each shape again.
 # Without it a GPU uses the flash or the memory-efficient kernel.
@@ -74,7 +74,7 @@ class Attention(nn.Module):
             weight = torch.cat((self.q_norm.weight.expand(H, 1, D), self.k_norm.weight.expand(K, 1, D)))
             qk = rms_normalize(qk, self.eps) * weight
         q, k = rotate(qk, rotation).split((H, K), dim=1)  # (B, H, T, D), (B, K, T, D)
-        # A cache decides what the queries attend to: see SharedPrompt, and Cache in rollout.py.
+        # A cache decides what the queries attend to: see rollout.py.
         y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -84,26 +84,6 @@ def causal_attention(q, k, v):
     shared = q.shape[1] // k.shape[1]  # query heads for each key/value head
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)  # (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-class SharedPrompt:
-    """Takes the place of a cache for B sequences that begin with the same S tokens. The model's input is
-    (1, S + B T): the S tokens once, then the T other tokens of each sequence. Attention sees B complete
-    sequences; everything else is computed once for the S tokens."""
-
-    def __init__(self, prompt, sequences):
-        self.prompt, self.sequences = prompt, sequences  # S, B
-
-    def attend(self, layer, q, k, v):
-        y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
-        prompt, others = y.split((self.prompt, y.shape[2] - self.prompt), dim=2)
-        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
-
-    def unpack(self, x):
-        """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
-        prompt, others = x.split((self.prompt, x.shape[2] - self.prompt), dim=2)
-        others = others[0].unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
-        return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
 
 
 class MLP(nn.Module):
@@ -321,47 +301,6 @@ def weight_files(path):
 def is_file_name(value):
     """Whether a value is the name of a file in the same directory."""
     return isinstance(value, str) and value.isprintable() and value == Path(value).name
-
-
-# ----------------------------------------------------------------------------------------------
-# Errors and files
-
-
-class UserError(Exception):
-    """An error the user can fix. Its text is one sentence that names the thing and the fix. The command line
-    prints it without a traceback and exits with status 2."""
-
-
-def read_json(path):
-    """The JSON object in file `path`. Raises UserError if it is missing or not a JSON object."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def write_text(path, text):
-    """Writes a file atomically: a reader sees the old content or the new, never a part of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------

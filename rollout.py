@@ -18,8 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-from model import UserError, causal_attention
+from data.files import UserError
+from model import causal_attention
 
 
 @dataclass
@@ -293,3 +296,57 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
                 on_finished()
             rows.remove(done)
     return finished
+
+
+# ----------------------------------------------------------------------------------------------
+# The same distribution, for training
+
+
+class SharedPrompt:
+    """Takes the place of a cache for B sequences that begin with the same S tokens. The model's input is
+    (1, S + B T): the S tokens once, then the T other tokens of each sequence. Attention sees B complete
+    sequences; everything else is computed once for the S tokens."""
+
+    def __init__(self, prompt, sequences):
+        self.prompt, self.sequences = prompt, sequences  # S, B
+
+    def attend(self, layer, q, k, v):
+        y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
+        prompt, others = y.split((self.prompt, y.shape[2] - self.prompt), dim=2)
+        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
+
+    def unpack(self, x):
+        """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
+        prompt, others = x.split((self.prompt, x.shape[2] - self.prompt), dim=2)
+        others = others[0].unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
+        return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
+
+
+def token_logprobs(model, rows, temperature, max_logits=2**26):
+    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum of
+    their lengths. The prompt is computed once for all of them.
+
+    The head and the softmax run over as many tokens at a time as make `max_logits` logits, and again in the
+    backward pass: the logits of all tokens, (B, T, V), are what large vocabularies run out of memory on."""
+    S = len(rows[0].prompt) - 1
+    inputs = pad_sequence([torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows], batch_first=True)
+    B, T = inputs.shape  # each token is predicted at the one before it
+    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # (B, T), no padding
+    prompt = torch.tensor(rows[0].prompt[:-1], dtype=torch.int64)  # (S,)
+    tokens = torch.cat((prompt, inputs.flatten()))[None]  # (1, S + B T): the prompt once, then B times T
+    positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
+    rotation = model.rotations(positions.to(model.device))
+    shared = SharedPrompt(S, B) if B > 1 else None
+    hidden = model.hidden(tokens.to(model.device), rotation, shared)[0, S:]  # (B T, C)
+    hidden = hidden[sampled.flatten().to(model.device)]  # (M, C)
+    targets = torch.tensor([token for row in rows for token in row.tokens], device=model.device)  # (M,)
+
+    def logprobs_of(hidden, targets):
+        logits = model.head(hidden).float() / temperature  # (chunk, V)
+        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+
+    chunk = max(1, max_logits // model.config.vocab_size)
+    if len(targets) <= chunk:
+        return logprobs_of(hidden, targets)
+    return torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])

@@ -1,7 +1,6 @@
 """The tokenizer side of a Hugging Face model: chat template, token ids of a prompt, text of a completion."""
 
 import json
-import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,14 +12,9 @@ import jinja2.nodes
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from data.files import TOKENIZER_FILES, UserError, read_json
 from data.problems import answer_section, batch_prompt
-from model import UserError, read_json
 from rollout import check_length
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-
 
 @dataclass
 class Chat:
@@ -171,19 +165,3 @@ def chat_environment():
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = time.strftime
     return environment
-
-
-def find_model(name):
-    """The directory of a model. A name such as Qwen/Qwen3-0.6B that is not a directory is downloaded from the
-    Hugging Face Hub, or taken from its cache. Raises UserError if that fails."""
-    if Path(name).is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        return Path(name)
-    import huggingface_hub
-
-    files = [*TOKENIZER_FILES, "config.json", "model*.safetensors", "model.safetensors.index.json"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the library's own errors, the network's, the disk's
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model {name} is not a directory, and the Hugging Face Hub did not provide it "
-                        f"({type(error).__name__}: {reason})") from None

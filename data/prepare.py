@@ -35,8 +35,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data.problems import read_lines, write_lines  # noqa: E402
-from model import UserError  # noqa: E402
+from data.files import UserError, read_lines, write_lines  # noqa: E402
 from reward import answers_equal  # noqa: E402
 
 MAA = "MAA copyright, no licence named"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import UserError, write_text
+from data.files import UserError, read_lines
 
 MAX_LINE = 10**6  # characters
 
@@ -111,17 +111,6 @@ def load_benchmarks(paths, most):
     return benchmarks
 
 
-def read_lines(path):
-    """The lines of a UTF-8 text file that are not blank, as (number, line) pairs. Raises UserError."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")  # a byte order mark is allowed
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: expected a JSONL file") from None
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
 def read_problem(line, number, answers=True):
     """One line of a JSONL file as a problem. Raises ValueError if it is not one."""
     if len(line) > MAX_LINE:
@@ -155,8 +144,3 @@ def is_number(value):
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**1023
     return isinstance(value, float) and math.isfinite(value)
-
-
-def write_lines(path, entries):
-    """Writes JSON objects as JSONL, atomically."""
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))

@@ -13,9 +13,10 @@ from bcr import (
     Row, Settings, accumulate_gradient, group_advantages, micro_batches, policy_loss, token_logprobs)
 from conftest import REPO, TINY, lines_of, metrics_of, random_model
 from data.chat import load_chat
+from data.files import UserError
 from data.problems import load_problems
 from evaluate import append_group
-from model import Transformer, UserError
+from model import Transformer
 from reward import score
 from rollout import Completion
 

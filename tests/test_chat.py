@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from conftest import TINY
-from data.chat import decode, encode_chat, find_model, load_chat
+from data.chat import decode, encode_chat, load_chat
+from data.files import UserError, find_model
 from data.problems import batch_prompt
-from model import UserError
 
 MESSAGE = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 3/4 - 1/4?"}])
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import distributed
 from bcr import Row, Settings
 from conftest import random_model
+from data.files import UserError
 from distributed import checkpoints, finish_first, load_checkpoint, readable_errors, save_checkpoint
-from model import UserError
 from rollout import generate
 
 

@@ -11,9 +11,9 @@ import pytest
 import bcr
 import evaluate
 from conftest import REPO, TINY, lines_of, status_of
-from data.problems import evaluation_groups, load_problems, write_lines
+from data.files import UserError, write_lines
+from data.problems import evaluation_groups, load_problems
 from evaluate import EvaluationSettings, interval95, paired_change, student95
-from model import UserError
 from reward import score
 
 

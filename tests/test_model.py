@@ -18,7 +18,8 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Q
                           Qwen3Config, Qwen3ForCausalLM)
 
 from conftest import TINY
-from model import Config, Transformer, UserError, split_parts
+from data.files import UserError
+from model import Config, Transformer, split_parts
 
 # ----------------------------------------------------------------------------------------------
 # Random checkpoints, saved by transformers

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from data.files import UserError
 from data.problems import answer_section, batch_prompt, draw_groups, evaluation_groups, load_problems
-from model import UserError
 from reward import extract_answers, score
 
 

@@ -6,7 +6,7 @@ import torch
 
 import rollout
 from conftest import random_model
-from model import UserError
+from data.files import UserError
 from rollout import PACE, generate, uniforms
 
 PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]

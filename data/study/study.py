@@ -36,10 +36,10 @@ sys.path.insert(0, str(REPO))
 
 import bcr  # noqa: E402
 from data.chat import decode, encode_chat, load_chat  # noqa: E402
+from data.files import read_json, write_json, write_text  # noqa: E402
 from data.problems import batch_prompt, draw_groups, load_problems  # noqa: E402
 from data.study import credit_togo  # noqa: E402
 from evaluate import count_waits, load_model, student95  # noqa: E402
-from model import read_json, write_json, write_text  # noqa: E402
 from reward import find_headers, score  # noqa: E402
 from rollout import generate  # noqa: E402
 

@@ -30,10 +30,10 @@ sys.path.insert(0, str(REPO))
 
 import bcr  # noqa: E402
 from data.chat import copy_tokenizer, decode, encode_chat  # noqa: E402
-from data.problems import answer_section, batch_prompt, load_problems, write_lines  # noqa: E402
+from data.files import read_json, write_json, write_lines, write_text  # noqa: E402
+from data.problems import answer_section, batch_prompt, load_problems  # noqa: E402
 from data.study import smollm2, study  # noqa: E402
 from evaluate import EvaluationSettings, load_model  # noqa: E402
-from model import read_json, write_json, write_text  # noqa: E402
 from rollout import generate  # noqa: E402
 
 TRAIN, HELDOUT, OWN = 900, 192, 280  # problems to train and to evaluate on; own solutions for the warm-up

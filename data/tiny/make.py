@@ -29,8 +29,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import distributed  # noqa: E402
 from data.chat import decode, encode_chat, load_chat  # noqa: E402
-from data.problems import answer_section, batch_prompt, load_problems, write_lines  # noqa: E402
-from model import Config, Transformer, read_json, write_json  # noqa: E402
+from data.files import read_json, write_json, write_lines  # noqa: E402
+from data.problems import answer_section, batch_prompt, load_problems  # noqa: E402
+from model import Config, Transformer  # noqa: E402
 from reward import score  # noqa: E402
 from rollout import generate  # noqa: E402
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import QUICK, REPO, TINY, figures_of, metrics_of, outcome, start, wait_for
+from data.files import UserError
 from distributed import load_checkpoint
-from model import Transformer, UserError
+from model import Transformer
 
 
 def torchrun(processes, *arguments, restarts=0):

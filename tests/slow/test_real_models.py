@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.chat import decode, encode_chat, load_chat
+from data.files import UserError
 from data.problems import batch_prompt
-from model import Config, Transformer, UserError, join_parts, split_parts
+from model import Config, Transformer, join_parts, split_parts
 from rollout import generate
 
 # ----------------------------------------------------------------------------------------------

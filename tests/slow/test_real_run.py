@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 import bcr
 import evaluate
 from conftest import REPO, lines_of, metrics_of, status_of
-from data.problems import load_problems, write_lines
+from data.files import write_lines
+from data.problems import load_problems
 
 GSM8K = REPO.parent / "shared/benchmarks/gsm8k_train.jsonl"
 # Our own word problems, where the benchmark is not available.
