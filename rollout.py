@@ -1,18 +1,17 @@
 """
-Sampling: G completions of each of P prompts, as fast as plain PyTorch allows.
+Sampling G completions of each of P prompts, and the logprobs of completions for training. The two stand
+side by side because they must agree: training uses exactly the distribution that was sampled from. No
+part of it is cut off (no top-k, no top-p).
 
-Four ideas, in the order in which they appear below. (1) Every random number is fixed before sampling starts,
-by (seed, step, prompt, sample, token) alone, so samples depend neither on the batch size nor on the order of
-the work; on a CPU in float32 not even the last bit of a logprob does. (2) Keys and values are stored in one
-cache that is allocated once; each row has its own position in it. (3) A prompt is computed once, and its keys
-and values are copied to its G samples. (4) A row that ends leaves the batch at once, and the next prompts
-take the free rows.
+Four ideas. (1) A completion depends on nothing but its place: each token is drawn with a number that is a
+function of (seed, step, prompt, sample, token), whatever is sampled next to it. (2) All rows share one
+cache that is allocated once; each row has its own position in it. (3) A prompt is computed once, and its
+keys and values are copied to its G samples. (4) A row that ends leaves the batch at once, and the next
+completion takes the free slot.
 
-No part of the distribution is cut off (no top-k, no top-p): training uses exactly what was sampled from.
+On a CPU in float32, with one thread, not even the last bit of a logprob depends on the other rows.
 """
 
-import functools
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,28 +36,56 @@ class Completion:
 def uniforms(seed, step, prompt, sample, count):
     """The `count` numbers in [0, 1) that decide the tokens of one sample, float64 (count,).
 
-    Philox (Salmon et al. 2011) is a counter-based generator: each sample has its own stream, and number t of
-    a stream is the same however many are drawn."""
-    key, counter = np.array([seed, step], np.uint64), np.array([0, 0, prompt, sample], np.uint64)
+    Philox (Salmon et al. 2011) is a counter-based generator: each sample has its own stream, and number t
+    of a stream is the same however many are drawn."""
+    key = np.array([seed, step], np.uint64)
+    counter = np.array([0, 0, prompt, sample], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
 
 
+# ----------------------------------------------------------------------------------------------
+# What a token attends to
+#
+# Each layer of the model calls attend(layer, q, k, v) of one of three objects:
+#   Prefix        computes a prompt and keeps its keys and values;
+#   Cache         samples: one new token per row attends to all tokens before it;
+#   SharedPrompt  trains: B completions attend to their one prompt and to themselves.
+
+
+class Prefix:
+    """Causal attention over one prompt, whose keys and values are kept."""
+
+    def __init__(self):
+        self.k = []  # of each layer: (1, K, T, D)
+        self.v = []
+
+    def attend(self, layer, q, k, v):
+        self.k.append(k)
+        self.v.append(v)
+        return causal_attention(q, k, v)
+
+
 class Cache:
-    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each row at
-    its own position. Attention sees the first `filled` tokens only."""
+    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each row
+    at its own position. Attention sees the first `filled` tokens only.
+
+    Each layer has its own tensors. Blocks of 1/L of the cache are freed and found again between the steps
+    of training, where two blocks of half the GPU would be broken up by AdamW's state."""
 
     def __init__(self, config, rows, length, dtype, device):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, R, K, T, D)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, T, D)
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
 
     def at(self, positions, filled):
         """Sets where the next token of rows 0..n-1 goes. positions: (n,); filled: more than the largest."""
+        device = positions.device
         self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)
-        unseen = torch.arange(filled, device=positions.device) > positions[:, None]  # (n, T)
-        mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=positions.device)
-        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), added to the scores
+        self.rows = torch.arange(len(positions), device=device)
+        unseen = torch.arange(filled, device=device) > positions[:, None]  # (n, T)
+        mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=device)
+        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), to be added
         return self
 
     def attend(self, layer, q, k, v):
@@ -67,99 +94,101 @@ class Cache:
         filled = self.mask.shape[-1]
         self.k[layer][self.rows, :, self.positions] = k[:, :, 0]  # (n, K, D)
         self.v[layer][self.rows, :, self.positions] = v[:, :, 0]
-        k, v = self.k[layer, :n, :, :filled], self.v[layer, :n, :, :filled]  # (n, K, T, D)
-        q = q.reshape(n, K, -1, D)  # the H/K heads that share a key/value head are its queries
-        if q.is_cuda or q.dtype != torch.float32:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).reshape(n, -1, 1, D)
-        # On a CPU the values are added up in blocks of 256 keys. Longer products round differently, and what
-        # a row computes must not depend on `filled`, which is the length of the longest row next to it.
+        k = self.k[layer][:n, :, :filled]  # (n, K, T, D)
+        v = self.v[layer][:n, :, :filled]
+        q = q.reshape(n, K, -1, D)  # the group of H/K heads that share a key are its queries
+        if not q.is_cpu or q.dtype != torch.float32:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            return y.reshape(n, -1, 1, D)
+        # On a CPU the values are added up in blocks of 256 keys. Longer products round differently, and
+        # what a row computes must not depend on `filled`, the length of the longest row next to it.
         weights = torch.softmax((q * D**-0.5) @ k.mT + self.mask, dim=-1)  # (n, K, H/K, T)
-        y = sum(w @ block for w, block in zip(weights.split(256, dim=3), v.split(256, dim=2)))
-        return y.reshape(n, -1, 1, D)
+        blocks = zip(weights.split(256, dim=3), v.split(256, dim=2))
+        return sum(w @ block for w, block in blocks).reshape(n, -1, 1, D)
 
 
-class Prefix:
-    """Takes the place of a cache while a prompt is computed: it keeps each layer's keys and values."""
+class SharedPrompt:
+    """Attention of B sequences that begin with the same S tokens. The model's input is (1, S + B T): the S
+    tokens once, then the T other tokens of each sequence. Attention sees B complete sequences; everything
+    else is computed once for the S tokens."""
 
-    def __init__(self):
-        self.k, self.v = [], []  # for each layer: (1, K, T, D)
+    def __init__(self, prompt_length, sequences):
+        self.prompt_length = prompt_length  # S
+        self.sequences = sequences  # B
 
     def attend(self, layer, q, k, v):
-        self.k.append(k)
-        self.v.append(v)
-        return causal_attention(q, k, v)
+        y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
+        prompt, others = y.tensor_split((self.prompt_length,), dim=2)
+        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
+
+    def unpack(self, x):
+        """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
+        prompt, others = x.tensor_split((self.prompt_length,), dim=2)
+        others = others[0].unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
+        return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
+
+
+# ----------------------------------------------------------------------------------------------
+# Sizes. A GPU should neither wait for the host nor see many shapes.
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks of the host for rows that ended
+LENGTH_MULTIPLE = {"cpu": 16, "cuda": 256}  # to which the number of cached tokens is rounded up
+
+
+def round_up(value, multiple):
+    return -(-value // multiple) * multiple
+
+
+def row_multiple(device):
+    """The multiple to which the number of rows in a step is rounded up.
+
+    On a GPU it keeps the shapes few. On a CPU it gives a row the same bits whatever the number of rows:
+    smaller products use other kernels, which round differently. Measured: 16 with AVX-512, 64 with AVX2.
+    With several threads the rounding depends on their number anyway."""
+    if device.type == "cuda":
+        return 32
+    if torch.get_num_threads() > 1:
+        return 1
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
+
+
+def row_bytes(config, length, budget, dtype):
+    """Bytes on the device for each row at work: keys and values, what `Slots` holds, and the tensors over
+    the vocabulary of one token, which a GPU holds twice (once eagerly, once in the pool of the graphs)."""
+    size = dtype.itemsize
+    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    state = (8 + 8 + 4) * (budget + 1)  # noise, tokens, logprobs
+    vocabulary = (size + 4 + 4 + 4 + 8) * config.vocab_size  # logits, float32, logprobs, exp, float64 CDF
+    return cache + state + 2 * vocabulary
+
+
+def rows_that_fit(model, length, budget, max_rows):
+    """At most `max_rows`: on a GPU as many rows of `length` tokens as fit the free memory, a tenth of
+    which is left over for CUDA graphs, a prompt and the gaps between blocks."""
+    if model.device.type != "cuda":
+        return max_rows
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(1, min(max_rows, int(0.9 * free) // row_bytes(model.config, length, budget, model.dtype)))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
 
 
 def prefill(model, prompt):
-    """Keys and values, two (L, K, T, D), of all but the last token of a prompt: sampling feeds that one.
+    """The Prefix of all but the last token of a prompt: sampling feeds that one. None for one token.
 
     Prompts are computed one at a time: next to others, a prompt would be padded and round differently."""
-    c, prefix = model.config, Prefix()
     if len(prompt) == 1:
-        empty = torch.zeros(c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim, dtype=model.dtype)
-        return empty.to(model.device), empty.to(model.device)
-    model.hidden(torch.tensor([prompt[:-1]], device=model.device), cache=prefix)
-    return torch.cat(prefix.k), torch.cat(prefix.v)
+        return None
+    prefix = Prefix()
+    model.hidden(torch.tensor([prompt[:-1]], device=model.device), None, prefix)
+    return prefix
 
 
-# How often the host looks for rows that ended, in tokens, and the multiple to which the number of cached
-# tokens is rounded up: a GPU should neither wait for the host nor see many shapes.
-PACE = {"cpu": (1, 16), "cuda": (8, 256)}
-
-
-def round_up(value, multiple, most=2**62):
-    return min(-(-value // multiple) * multiple, most)
-
-
-def row_multiple(model):
-    """The multiple to which the number of rows in a step is rounded up.
-
-    On a GPU it keeps the shapes few. On a CPU it is the smallest multiple at which a product of this model
-    gives a row the same bits whatever the number of rows: small products use other kernels, which round
-    differently. Measured on a processor with AVX-512 it is 16, and 64 with AVX2."""
-    if model.device.type == "cuda":
-        return 32
-    if torch.get_num_threads() > 1:
-        return 1  # rounding depends on the number of threads, too
-    shapes = {tuple(p.shape) for p in model.model.layers[0].parameters() if p.dim() == 2}
-    for multiple in (16, 32):
-        if all(rows_round_alike(*shape, model.dtype, multiple) for shape in shapes):
-            return multiple
-    return 64
-
-
-@functools.lru_cache
-def rows_round_alike(outputs, inputs, dtype, multiple, most=256):
-    """Whether the first rows of a product are the same for all multiples of rows up to `most`."""
-    x, weight = (torch.linspace(-1, 1, rows * inputs).cos().view(rows, inputs).to(dtype)
-                 for rows in (most, outputs))
-    product = F.linear(x, weight)  # (most, outputs)
-    return all(torch.equal(F.linear(x[:rows], weight), product[:rows])
-               for rows in range(multiple, most, multiple))
-
-
-def captured(step):
-    """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs eagerly, the
-    second is recorded, and later calls replay the hundreds of kernels of a token with one launch."""
-    graphs = {}
-
-    def run(*sizes):
-        if sizes not in graphs:
-            graphs[sizes] = None
-            return step(*sizes)
-        if graphs[sizes] is None:
-            graph, others = torch.cuda.CUDAGraph(), [graph for graph in graphs.values() if graph]
-            # One graph replays at a time, so all share one memory pool.
-            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
-                step(*sizes)
-            graphs[sizes] = graph
-        graphs[sizes].replay()
-
-    return run
-
-
-class Rows:
-    """The state of the rows at work: rows 0..n-1 are sampling, the others are free."""
+class Slots:
+    """The state of the rows: slots 0..n-1 are sampling, the others are free."""
 
     def __init__(self, model, rows, budget, length):
         device = model.device
@@ -175,25 +204,28 @@ class Rows:
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
         self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget came
         self.job = np.zeros(rows, dtype=np.int64)  # the index of the completion
-        self.reach = np.zeros(rows, dtype=np.int64)  # at least `position`; on the host, needs no sync
+        # The host's copy of `position`. Between two looks it is an upper bound.
+        self.reach = np.zeros(rows, dtype=np.int64)
 
-    def add(self, jobs, prompts, prefixes, noise):
-        """Starts the completions `jobs` in the free rows. All arguments are lists with one entry for each."""
+    def add(self, jobs, prompt, prefix, noise):
+        """Starts the completions `jobs` of one prompt. noise: (jobs, budget)."""
         free = slice(self.n, self.n + len(jobs))
-        for row, (k, v) in enumerate(prefixes, start=self.n):
-            self.cache.k[:, row, :, :k.shape[2]] = k
-            self.cache.v[:, row, :, :v.shape[2]] = v
-        self.noise[free, :-1] = torch.from_numpy(np.stack(noise)).to(self.noise.device)
-        self.last[free] = torch.tensor([prompt[-1] for prompt in prompts], device=self.last.device)
+        if prefix is not None:
+            for layer, (k, v) in enumerate(zip(prefix.k, prefix.v)):  # (1, K, T, D)
+                self.cache.k[layer][free, :, :k.shape[2]] = k
+                self.cache.v[layer][free, :, :v.shape[2]] = v
+        self.noise[free, :-1] = torch.from_numpy(noise).to(self.noise.device)
+        self.last[free] = prompt[-1]
+        self.position[free] = len(prompt) - 1
+        self.count[free] = 0
+        self.alive[free] = True
         self.job[free] = jobs
-        self.reach[free] = [len(prompt) - 1 for prompt in prompts]
-        self.position[free] = torch.from_numpy(self.reach[free]).to(self.position.device)
-        self.count[free], self.alive[free] = 0, True
+        self.reach[free] = len(prompt) - 1
         self.n += len(jobs)
 
     def remove(self, done):
-        """Frees the rows where done (n,) is true; rows from the end move into the holes."""
-        kept = self.n - done.sum()
+        """Frees the slots where done (n,) is true; rows from the end move into the holes."""
+        kept = int(self.n - done.sum())
         holes = done[:kept].nonzero()[0]
         movers = kept + (~done[kept:]).nonzero()[0]
         filled = int(self.reach[:self.n].max()) + 1
@@ -204,29 +236,63 @@ class Rows:
                           self.alive, self.job, self.reach):
                 state[holes] = state[movers]
         self.alive[kept:self.n] = False
-        self.n = int(kept)
+        self.n = kept
+
+    def completion(self, row, eos_ids):
+        count = int(self.count[row])
+        tokens = self.tokens[row, :count].tolist()
+        logprobs = self.logprobs[row, :count].to("cpu", copy=True)
+        return Completion(tokens, logprobs, truncated=tokens[-1] not in eos_ids)
 
 
-def sample_token(model, rows, eos, budget, temperature, n, filled):
-    """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn for
-    it. Rows that are not alive do not move. Nothing here waits for the host."""
-    cache = rows.cache.at(rows.position[:n], filled)
-    rotation = rows.rotations[:, rows.position[:n, None]]  # (2, n, 1, D)
-    hidden = model.hidden(rows.last[:n, None], rotation, cache)[:, 0]  # (n, C)
-    logp = torch.log_softmax(model.head(hidden).float() / (temperature or 1.0), dim=-1)  # (n, V)
+def sample_token(model, slots, eos, budget, temperature, n, filled):
+    """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn
+    for it. Rows that are not alive do not move. Nothing here waits for the host."""
+    cache = slots.cache.at(slots.position[:n], filled)
+    rotation = slots.rotations[:, slots.position[:n, None]]  # (2, n, 1, D)
+    hidden = model.hidden(slots.last[:n, None], rotation, cache)[:, 0]  # (n, C)
+    logits = model.head(hidden).float()  # (n, V)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    logp = torch.log_softmax(logits, dim=-1)  # (n, V)
     if temperature:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        u = rows.noise[:n].gather(1, rows.count[:n, None]) * cdf[:, -1:]  # the sum is 1 up to rounding
+        # The probabilities sum to cdf[-1], which is 1 up to rounding.
+        u = slots.noise[:n].gather(1, slots.count[:n, None]) * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
         token = token.clamp(max=logp.shape[-1] - 1)  # none does if the logits are not finite
     else:
         token = logp.argmax(-1, keepdim=True)
-    rows.tokens[:n].scatter_(1, rows.count[:n, None], token)
-    rows.logprobs[:n].scatter_(1, rows.count[:n, None], logp.gather(1, token))
-    rows.last[:n] = token[:, 0]
-    rows.position[:n] += rows.alive[:n]
-    rows.count[:n] += rows.alive[:n]
-    rows.alive[:n] &= (token != eos).all(dim=1) & (rows.count[:n] < budget)
+    slots.tokens[:n].scatter_(1, slots.count[:n, None], token)
+    slots.logprobs[:n].scatter_(1, slots.count[:n, None], logp.gather(1, token))
+    slots.last[:n] = token[:, 0]
+    slots.position[:n] += slots.alive[:n]
+    slots.count[:n] += slots.alive[:n]
+    slots.alive[:n] &= (token != eos).all(dim=1) & (slots.count[:n] < budget)
+
+
+def cuda_graphs(step):
+    """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs eagerly,
+    the second is recorded, and later calls replay the hundreds of kernels of a token with one launch."""
+    graphs = {}
+
+    def run(*sizes):
+        if sizes not in graphs:
+            graphs[sizes] = None
+            return step(*sizes)
+        if graphs[sizes] is None:
+            # One graph replays at a time, so all share one memory pool.
+            pool = next((graph.pool() for graph in graphs.values() if graph), None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                step(*sizes)
+            graphs[sizes] = graph
+        graphs[sizes].replay()
+
+    return run
+
+
+WRAPPERS = {"cpu": lambda step: step, "cuda": cuda_graphs}
 
 
 def check_length(model, tokens, budget):
@@ -238,8 +304,8 @@ def check_length(model, tokens, budget):
 
 
 @torch.inference_mode()
-def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0, prompt_keys=None,
-             max_rows=256, on_finished=lambda: None):
+def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
+             prompt_keys=None, max_rows=256, on_finished=lambda: None):
     """Samples `samples` completions of each prompt, of at most `budget` tokens each.
 
     prompts: P lists of token ids. prompt_keys: P integers that identify the prompts in the random stream
@@ -247,106 +313,95 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
     max_rows: how many completions are sampled at a time (on a CPU rounded up, see `row_multiple`).
     on_finished(): called when a completion ends.
 
-    Returns P * samples Completions in the order (prompt, sample). Raises UserError as `check_length` does."""
+    Returns P * samples Completions in the order (prompt, sample). Raises UserError as `check_length`
+    does."""
+    device = model.device
     longest = max(len(prompt) for prompt in prompts)
     check_length(model, longest, budget)
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
-    finished = [None] * (len(prompts) * samples)
-    waiting = deque(range(len(finished)))  # job j is sample j % samples of prompt j // samples
-    (look_every, length_multiple), at_once = PACE[model.device.type], row_multiple(model)
-    max_rows, length = min(max_rows, len(finished)), longest + budget
-    if model.device.type == "cpu":  # memory for complete multiples, so that no step has a remainder
-        max_rows, length = round_up(max_rows, at_once), round_up(length, length_multiple)
-    rows = Rows(model, max_rows, budget, length)
-    eos = torch.tensor(eos_ids, device=model.device)
+    total = len(prompts) * samples
+    max_rows = min(max_rows, total)
+    length = longest + budget
+    if device.type == "cpu":  # memory for complete multiples, so that no step has a remainder
+        max_rows = round_up(max_rows, row_multiple(device))
+        length = round_up(length, LENGTH_MULTIPLE["cpu"])
+    slots = Slots(model, max_rows, budget, length)
+    eos = torch.tensor(eos_ids, device=device)
 
     def one_token(n, filled):
-        sample_token(model, rows, eos, budget, temperature, n, filled)
+        sample_token(model, slots, eos, budget, temperature, n, filled)
 
-    step_of = captured(one_token) if model.device.type == "cuda" else one_token
-    prefixes, since = {}, 0
-    while rows.n or waiting:
-        # Fill the free rows once a whole group fits (or, if there are fewer rows, once all are free).
-        room = max_rows - rows.n
-        if waiting and room >= min(samples, max_rows):
-            if room >= samples:
-                room -= (room - len(waiting)) % samples  # whole groups only
-            jobs = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-            owners = [job // samples for job in jobs]
-            fresh = sorted(set(owners) - prefixes.keys())
-            prefixes |= {p: prefill(model, prompts[p]) for p in fresh}
-            noise = [uniforms(seed, step, keys[job // samples], job % samples, budget) for job in jobs]
-            rows.add(jobs, [prompts[p] for p in owners], [prefixes[p] for p in owners], noise)
-            prefixes = {p: prefixes[p] for p in {job // samples for job in waiting} & prefixes.keys()}
+    one_token_fast = WRAPPERS[device.type](one_token)
+    finished = [None] * total
+    started = 0  # completions started so far, in the order (prompt, sample)
+    turn = 0
+    while slots.n or started < total:
+        # Fill the free slots.
+        while started < total and slots.n < max_rows:
+            p, sample = divmod(started, samples)
+            if sample == 0:
+                prefix = prefill(model, prompts[p])
+            count = min(samples - sample, max_rows - slots.n)
+            noise = [uniforms(seed, step, keys[p], sample + i, budget) for i in range(count)]
+            jobs = range(started, started + count)
+            slots.add(jobs, prompts[p], prefix, np.stack(noise))
+            started += count
 
-        filled = round_up(int(rows.reach[:rows.n].max()) + 1, length_multiple, length)
-        step_of(round_up(rows.n, at_once, max_rows), filled)
-        rows.reach[:rows.n] += 1
-        since += 1
-        if since < look_every:
+        # Sample one token of each row.
+        n = min(round_up(slots.n, row_multiple(device)), max_rows)
+        filled = round_up(int(slots.reach[:slots.n].max()) + 1, LENGTH_MULTIPLE[device.type])
+        one_token_fast(n, min(filled, length))
+        slots.reach[:slots.n] += 1
+        turn += 1
+        if turn % LOOK_EVERY[device.type]:
             continue
 
-        since, done = 0, ~rows.alive[:rows.n].cpu().numpy()
+        # Take out the rows that ended.
+        done = ~slots.alive[:slots.n].cpu().numpy()
+        for row in done.nonzero()[0]:
+            finished[slots.job[row]] = slots.completion(row, eos_ids)
+            on_finished()
         if done.any():
-            for row in done.nonzero()[0]:
-                count = int(rows.count[row])
-                tokens = rows.tokens[row, :count].tolist()
-                logprobs = rows.logprobs[row, :count].to("cpu", copy=True)
-                finished[rows.job[row]] = Completion(tokens, logprobs, tokens[-1] not in eos_ids)
-                on_finished()
-            rows.remove(done)
+            slots.remove(done)
     return finished
 
 
 # ----------------------------------------------------------------------------------------------
-# The same distribution, for training
-
-
-class SharedPrompt:
-    """Takes the place of a cache for B sequences that begin with the same S tokens. The model's input is
-    (1, S + B T): the S tokens once, then the T other tokens of each sequence. Attention sees B complete
-    sequences; everything else is computed once for the S tokens."""
-
-    def __init__(self, prompt, sequences):
-        self.prompt, self.sequences = prompt, sequences  # S, B
-
-    def attend(self, layer, q, k, v):
-        y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
-        prompt, others = y.split((self.prompt, y.shape[2] - self.prompt), dim=2)
-        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
-
-    def unpack(self, x):
-        """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
-        prompt, others = x.split((self.prompt, x.shape[2] - self.prompt), dim=2)
-        others = others[0].unflatten(1, (self.sequences, -1)).transpose(0, 1)  # (B, heads, T, D)
-        return torch.cat((prompt.expand(self.sequences, -1, -1, -1), others), dim=2)
+# Training
 
 
 def token_logprobs(model, rows, temperature, max_logits=2**26):
-    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum of
-    their lengths. The prompt is computed once for all of them.
+    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum
+    of their lengths. The prompt is computed once for all of them.
 
-    The head and the softmax run over as many tokens at a time as make `max_logits` logits, and again in the
-    backward pass: the logits of all tokens, (B, T, V), are what large vocabularies run out of memory on."""
-    S = len(rows[0].prompt) - 1
-    inputs = pad_sequence([torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows], batch_first=True)
-    B, T = inputs.shape  # each token is predicted at the one before it
-    sampled = torch.arange(T) < torch.tensor([len(row.tokens) for row in rows])[:, None]  # (B, T), no padding
+    Logits are computed in chunks of at most `max_logits` and recomputed in the backward pass: for a large
+    vocabulary the logits of all tokens would not fit in memory."""
+    device = model.device
     prompt = torch.tensor(rows[0].prompt[:-1], dtype=torch.int64)  # (S,)
+    inputs = [torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows]  # each predicts the next
+    inputs = pad_sequence(inputs, batch_first=True)  # (B, T)
+    S = len(prompt)
+    B, T = inputs.shape
     tokens = torch.cat((prompt, inputs.flatten()))[None]  # (1, S + B T): the prompt once, then B times T
     positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
-    rotation = model.rotations(positions.to(model.device))
     shared = SharedPrompt(S, B) if B > 1 else None
-    hidden = model.hidden(tokens.to(model.device), rotation, shared)[0, S:]  # (B T, C)
-    hidden = hidden[sampled.flatten().to(model.device)]  # (M, C)
-    targets = torch.tensor([token for row in rows for token in row.tokens], device=model.device)  # (M,)
+    rotation = model.rotations(positions.to(device))
+    hidden = model.hidden(tokens.to(device), rotation, shared)[0, S:]  # (B T, C)
+
+    # Leave out the padding. The host knows where it is, so the device does not have to search for it.
+    lengths = torch.tensor([len(row.tokens) for row in rows])
+    sampled = torch.arange(T) < lengths[:, None]  # (B, T)
+    hidden = hidden[sampled.flatten().nonzero()[:, 0].to(device)]  # (M, C)
+    targets = torch.cat([torch.tensor(row.tokens) for row in rows]).to(device)  # (M,)
 
     def logprobs_of(hidden, targets):
-        logits = model.head(hidden).float() / temperature  # (chunk, V)
+        logits = model.head(hidden).float()  # (chunk, V)
+        if temperature != 1:
+            logits = logits / temperature
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
     chunk = max(1, max_logits // model.config.vocab_size)
     if len(targets) <= chunk:
         return logprobs_of(hidden, targets)
-    return torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False) for h, t in chunks])

@@ -7,7 +7,7 @@ import torch
 import rollout
 from conftest import random_model
 from data.files import UserError
-from rollout import PACE, generate, uniforms
+from rollout import LENGTH_MULTIPLE, LOOK_EVERY, generate, uniforms
 
 PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 EOS = [0, 1]
@@ -48,7 +48,7 @@ def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours(monkeypat
         assert tokens_of(completions) == tokens_of(together)
         assert [c.truncated for c in completions] == [c.truncated for c in together]
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(completions, together))
-    monkeypatch.setattr(rollout, "row_multiple", lambda model: 1)  # more refills
+    monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)  # more refills
     for rows in (1, 5, 7):
         assert tokens_of(generate(model, PROMPTS, 12, 150, max_rows=rows, **options)) == tokens_of(together)
 
@@ -109,7 +109,7 @@ def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
         return original(tokens, rotation, cache)
 
     monkeypatch.setattr(model, "hidden", counting)
-    monkeypatch.setattr(rollout, "row_multiple", lambda model: 1)
+    monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)
     for rows in (3, 8, 64):
         prefilled.clear(), decoded.clear(), ended.clear()
         completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
@@ -141,8 +141,9 @@ def test_rows_that_ended_between_two_looks_leave_no_trace(monkeypatch):
     model, options = random_model(), dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=7)
     expected = generate(model, PROMPTS, 3, 20, **options)
     for look_every, row_multiple, length_multiple in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
-        monkeypatch.setitem(PACE, "cpu", (look_every, length_multiple))
-        monkeypatch.setattr(rollout, "row_multiple", lambda model: row_multiple)
+        monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
+        monkeypatch.setitem(LENGTH_MULTIPLE, "cpu", length_multiple)
+        monkeypatch.setattr(rollout, "row_multiple", lambda device: row_multiple)
         for ours, theirs in zip(generate(model, PROMPTS, 3, 20, **options), expected, strict=True):
             assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)

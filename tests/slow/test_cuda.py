@@ -49,7 +49,7 @@ def test_graphs_change_nothing(monkeypatch):
     model = random_model().to("cuda")
     settings = dict(eos_ids=[3, 5], temperature=1.0, seed=5, max_rows=64)
     with_graphs = generate(model, PROMPTS, 16, 80, **settings)
-    monkeypatch.setattr(rollout, "captured", lambda step: step)
+    monkeypatch.setitem(rollout.WRAPPERS, "cuda", lambda step: step)
     assert tokens_of(with_graphs) == tokens_of(generate(model, PROMPTS, 16, 80, **settings))
 
 
