@@ -12,6 +12,7 @@ processes can resume.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from data.files import UserError, find_model, read_json, write_json
 from model import Transformer, join_parts, read_weights, weight_files
-from rollout import Completion, generate
+from rollout import Completion, free_memory, generate, rows_that_fit
 
 # ----------------------------------------------------------------------------------------------
 # Processes
@@ -57,9 +58,18 @@ def was_restarted():
 
 
 def find_device(name):
-    """The device of the flag --device: "auto" is cuda if available, else cpu."""
+    """The device of the flag --device. auto is cuda if available, else cpu; cuda is cuda:0, and under
+    torchrun the GPU of this process. Raises UserError for a device that PyTorch does not see."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" or name.startswith("cuda:") and world_size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        if name != "cpu":
+            torch.cuda.set_device(name)  # CUDA graphs are captured on the current device
+    except (RuntimeError, ValueError, AssertionError):
+        raise UserError(f"--device {name} is not available: use cpu or one of the "
+                        f"{torch.cuda.device_count()} GPUs that PyTorch sees") from None
     return name
 
 
@@ -138,19 +148,15 @@ def watch(program, others, finished):
 
 
 def start(device):
-    """Joins the process group and returns the device of this process: "cpu" or "cuda:i"."""
+    """Joins the process group. device: of this process, "cpu" or "cuda:i"."""
     if world_size() == 1 or dist.is_initialized():
-        return device
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        return
     # After a restart the store still holds the addresses of the processes that ended: use another prefix.
     attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     store, *_ = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore(attempt, store), rank=rank(),
         world_size=world_size(), timeout=timedelta(days=1))  # the fastest sampler waits for the slowest
-    return device
 
 
 def all_gather(value):
@@ -175,7 +181,27 @@ def progress_bar(total, title, first=0):
     return tqdm(total=total, desc=title, initial=first, leave=False, disable=hidden)
 
 
-def sample(model, prompts, samples, budget, title="", **options):
+def rows_at_a_time(model, prompts, samples, budget, max_rows):
+    """How many completions to sample at a time: at most `max_rows`, and on a GPU as many as fit its free
+    memory."""
+    rows = min(max_rows, len(prompts) * samples)
+    if model.device.type != "cuda" or not prompts:
+        return max_rows
+    length = max(map(len, prompts)) + budget
+    free = free_memory(model.device)
+    fitting = rows_that_fit(model.config, length, budget, model.dtype, free, rows)
+    if fitting < rows:
+        say_once(f"with a budget of {budget} tokens fewer than {rows} completions fit the GPU's memory: "
+                 "as many as fit are sampled at a time")
+    return fitting
+
+
+@functools.cache
+def say_once(text):
+    say(text)
+
+
+def sample(model, prompts, samples, budget, title="", max_rows=256, **options):
     """`rollout.generate` with the prompts divided among the processes: all completions, on each of them. With
     a title it shows its progress: a bar on a terminal, a line per minute elsewhere."""
     mine, own, done, told = range(rank(), len(prompts), world_size()), [], 0, time.time()
@@ -191,7 +217,9 @@ def sample(model, prompts, samples, budget, title="", **options):
                 say(f"{title}: {done} of {total} completions")
 
         if mine:
-            own = generate(whole, [prompts[p] for p in mine], samples, budget, prompt_keys=mine,
+            own_prompts = [prompts[p] for p in mine]
+            rows = rows_at_a_time(whole, own_prompts, samples, budget, max_rows)
+            own = generate(whole, own_prompts, samples, budget, prompt_keys=mine, max_rows=rows,
                            on_finished=on_finished, **options)
     # Arrays are pickled many times as fast as tensors.
     parts = [iter(part) for part in all_gather([(c.tokens, c.logprobs.numpy(), c.truncated) for c in own])]
@@ -221,6 +249,11 @@ def clip_gradient(weights, max_norm):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
+# What running out of memory says; inside the capture of a CUDA graph it comes under other names.
+OUT_OF_MEMORY = ("out of memory|can't allocate memory|unable to allocate|CUBLAS_STATUS_ALLOC_FAILED|"
+                 "operation failed due to a previous error during capture")
+
+
 @contextlib.contextmanager
 def readable_errors(program):
     """Ends the process with one sentence instead of a traceback for errors that the user can fix (status 2),
@@ -242,7 +275,7 @@ def readable_errors(program):
         fail(program, f"{getattr(error, 'strerror', None) or error}{where}. Saved files are intact. Fix the "
                       "problem and rerun with --resume --out DIR")
     except (RuntimeError, MemoryError) as error:
-        if re.search("out of memory|can't allocate memory|unable to allocate", str(error), re.IGNORECASE):
+        if re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
             fail(program, "memory ran out: lower --rows if it was sampling, lower --micro-tokens or add "
                           "--checkpointing if it was training, or lower the budget")
         if world_size() > 1 and "by peer" in str(error):

@@ -470,13 +470,7 @@ def load_model(s, checkpointing=False, shard=False):
     device, dtype = distributed.find_device(s.device), s.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    device = distributed.start(device)
-    try:
-        if device != "cpu":
-            torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-    except (RuntimeError, ValueError, AssertionError):
-        raise UserError(f"--device {device} is not available: use cpu or one of the "
-                        f"{torch.cuda.device_count()} GPUs that PyTorch sees") from None
+    distributed.start(device)
     chat = load_chat(find_model(s.model))
     if shard and distributed.world_size() > 1:
         model = distributed.load_sharded(chat.path, getattr(torch, dtype), device)

@@ -162,14 +162,16 @@ def row_bytes(config, length, budget, dtype):
     return cache + state + 2 * vocabulary
 
 
-def rows_that_fit(model, length, budget, max_rows):
-    """At most `max_rows`: on a GPU as many rows of `length` tokens as fit the free memory, a tenth of
-    which is left over for CUDA graphs, a prompt and the gaps between blocks."""
-    if model.device.type != "cuda":
-        return max_rows
-    free, _ = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, min(max_rows, int(0.9 * free) // row_bytes(model.config, length, budget, model.dtype)))
+def rows_that_fit(config, length, budget, dtype, free, max_rows):
+    """At most `max_rows` rows of `length` tokens, in `free` bytes of which a tenth is left over for CUDA
+    graphs, a prompt, and gaps between blocks."""
+    return max(1, min(max_rows, int(0.9 * free) // row_bytes(config, length, budget, dtype)))
+
+
+def free_memory(device):
+    """Bytes that PyTorch can still allocate on a GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,15 +11,30 @@ next to what the formulas below expect. The first step of each run is a warm-up 
 The second table is arithmetic, not measurement: none of it has run on more than one GPU.
 """
 
+import dataclasses
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+import bcr
+import distributed
+import evaluate
+import rollout
+from model import Config, Transformer
+
 GROUPS, SAMPLES = 16, 8
 RUN = ["--steps", "4", "--groups", str(GROUPS), "--samples", str(SAMPLES), "--micro-tokens", "32768",
        "--eval-n", "1", "--eval-problems", "2", "--eval-budget", "150", "--save-every", "100"]
@@ -56,10 +71,6 @@ def bytes_sharded(ranks, layers, rest, passes, size, reduce=1):
 
 def work(arguments):
     """One process of a run: bcr.py, with the time and the bytes sent so far noted after each step."""
-    sys.path.insert(0, str(REPO))
-    import bcr
-    import distributed
-
     marks, report_step = [], bcr.report_step
 
     def mark(s, metrics, out):  # every process calls it once per step
@@ -95,9 +106,6 @@ def measure(rounds=2):
 
 def measured():
     """Prints the table of measurements."""
-    sys.path.insert(0, str(REPO))
-    from model import Transformer
-
     model = Transformer.from_pretrained(REPO / "data/tiny/model")
     weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
     expected = {"1 process": 0.0, "2 processes": bytes_replicated(2, weights, 8),
@@ -181,6 +189,132 @@ def paper():
                     f"{prompts * 8 / t['step']:.2f}")
 
 
+# ----------------------------------------------------------------------------------------------
+# Memory of one GPU
+
+CONFIGS = {  # config.json on the Hugging Face Hub
+    "hbx/JustRL-DeepSeek-1.5B": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        max_position_embeddings=131072, tie_word_embeddings=False),
+    "Qwen/Qwen3-4B-Thinking-2507": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=262144, tie_word_embeddings=True),
+}
+CARDS = {"hbx/JustRL-DeepSeek-1.5B": 80e9, "Qwen/Qwen3-4B-Thinking-2507": 141e9}  # bytes
+PROMPT = 1500  # tokens of the longest prompt
+CONTEXT = 1.0e9  # bytes of the CUDA context, cuBLAS and its workspaces: an assumption
+GRAPH = 25e6  # bytes of a captured graph outside PyTorch's allocator; vLLM reports 24 to 28 MiB
+GAPS = 0.02  # of what is allocated is lost between blocks: an assumption
+
+
+class FlashAttention(torch.autograd.Function):
+    """What flash attention keeps for the backward pass, without computing it: q, k, v, the output, and a
+    float32 number for each query (arXiv 2205.14135, section 3.1)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device))
+        return out
+
+
+def saved_bytes(config, prompt, tokens, samples, checkpointing):
+    """Bytes that autograd keeps of a training pass of `tokens` tokens: one prompt and `samples`
+    completions. They are counted on a model without values (on the meta device)."""
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16)
+    model.checkpointing = checkpointing
+    length = (tokens - prompt) // samples
+    rows = [bcr.Row([0] * prompt, [0] * length, None, None) for _ in range(samples)]
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    def attention(q, k, v, is_causal):
+        return FlashAttention.apply(q, k, v)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            rollout.token_logprobs(model, rows, temperature=1.0)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def memory(config, s, card, prompt=PROMPT):
+    """Bytes of one GPU of `card` bytes in each phase of a run: {phase: {part: bytes}}. s: bcr.Settings;
+    prompt: tokens of the longest prompt."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Transformer(config).parameters())
+    start = {"weights, bfloat16": 2 * weights, "master weights": 4 * weights}
+    held = start | {"AdamW": 8 * weights}
+    per_token = rollout.row_bytes(config, 1, 0, torch.bfloat16) - rollout.row_bytes(
+        config, 0, 0, torch.bfloat16)
+
+    def sampling(held, budget):
+        length = prompt + budget
+        free = card - CONTEXT - sum(held.values())
+        rows = rollout.rows_that_fit(config, length, budget, torch.bfloat16, free, s.rows)
+        row = rollout.row_bytes(config, length, budget, torch.bfloat16)
+        graphs = length / rollout.LENGTH_MULTIPLE["cuda"] + rows / 32  # pairs of sizes on the way
+        return rows, held | {
+            "keys and values": rows * length * per_token,
+            "a token of all rows": rows * (row - length * per_token),
+            "prompt": prompt * per_token,
+            "graphs": graphs * GRAPH}
+
+    before_rows, before = sampling(start, max(s.eval_budget))
+    rows, step = sampling(held, max(s.budget))
+    after_rows, after = sampling(held, max(s.eval_budget))
+    tokens = max(s.micro_tokens, prompt + max(s.budget))
+    activations = saved_bytes(config, prompt, tokens, s.samples, s.checkpointing)
+    if s.checkpointing:  # a layer is computed again, and what it keeps is held next to the inputs
+        layer = dataclasses.replace(config, num_hidden_layers=1, vocab_size=1)
+        activations += saved_bytes(layer, prompt, tokens, s.samples, False)
+    training = held | {
+        "sums of gradients": 4 * weights,
+        "gradients": 2 * weights,  # they grow while the activations shrink: an upper bound
+        "activations": activations,
+        "logits": 20 * min(2**26, tokens * config.vocab_size)}  # a chunk in bfloat16 and float32
+    phases = {f"evaluation before, {before_rows} rows": before, f"sampling, {rows} rows": step,
+              "training": training, f"evaluation after, {after_rows} rows": after}
+    for parts in phases.values():
+        parts["gaps"] = GAPS * sum(parts.values())
+        parts["context"] = CONTEXT
+    return phases
+
+
+def paper_commands():
+    """bcr.Settings of each command in README.md and data/README.md that trains a model of the paper."""
+    commands = []
+    for file in ("README.md", "data/README.md"):
+        for line in (REPO / file).read_text().splitlines():
+            if line.startswith("python bcr.py --model "):
+                s = evaluate.parse_flags(bcr.Settings, "", shlex.split(line)[2:])
+                commands.append(s)
+    return commands
+
+
+def print_memory():
+    print("\nArithmetic, not measured: GB on one GPU, with a longest prompt of "
+          f"{PROMPT:,} tokens.")
+    for model, s in {s.model: s for s in paper_commands()}.items():
+        phases = memory(Config.from_hf(CONFIGS[model]), s, CARDS[model])
+        parts = dict.fromkeys(itertools.chain(*phases.values()))
+        print(f"\n| {model}, {CARDS[model] / 1e9:.0f} GB | " + " | ".join(phases) + " |")
+        print("| --- |" + " --- |" * len(phases))
+        for part in parts:
+            cells = [f"{phase[part] / 1e9:.1f}" if part in phase else "" for phase in phases.values()]
+            print(f"| {part} | " + " | ".join(cells) + " |")
+        totals = [f"{sum(phase.values()) / 1e9:.1f}" for phase in phases.values()]
+        print("| together | " + " | ".join(totals) + " |")
+
+
 def main():
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2:])
@@ -188,6 +322,7 @@ def main():
     if sys.argv[1:] != ["--paper"]:
         measured()
     paper()
+    print_memory()
 
 
 if __name__ == "__main__":

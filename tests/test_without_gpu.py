@@ -1,0 +1,286 @@
+"""What runs on a GPU, checked without one: kernels on meta tensors, graphs with a stand-in, memory on paper."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bcr
+import distributed
+import evaluate
+import rollout
+from conftest import random_model
+from data.files import UserError
+from model import Config, Transformer
+from tests.bench import scale
+from rollout import Slots, cuda_graphs, generate, sample_token, token_logprobs
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+DTYPES = [torch.float32, torch.bfloat16]
+PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
+
+# ----------------------------------------------------------------------------------------------
+# Kernels. The meta device has shapes and types but no values, so it takes the place of a GPU:
+# an operation that mixes it with the CPU, or that needs a value on the host, is an error.
+
+WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select",
+         "aten::is_nonzero", "aten::equal", "aten::unique"}
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Raises for an operation that waits for the device, or that reads tensors of both devices. Copies of
+    inputs from the host to the device are allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name().split(".")[0]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors}
+        out = operation(*args, **(kwargs or {}))
+        results = {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        if "meta" in devices:
+            assert name not in WAITS, f"{name} waits for the device"
+            assert "cpu" not in results, f"{name} copies to the host"
+            assert "cpu" not in devices or name == "aten::copy_", f"{name} mixes devices"
+            self.operations += 1
+        return out
+
+
+def on_the_device(kind, dtype):
+    return random_model(kind).to("meta", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_sampled_token_neither_waits_nor_touches_the_host(kind, dtype, temperature):
+    """A part of the sampler's state is left on the CPU, or a token waits for the host: a CUDA graph cannot
+    be captured, or every token costs a round trip."""
+    model = on_the_device(kind, dtype)
+    with torch.inference_mode(), OnTheDevice() as mode:
+        slots = Slots(model, 64, 30, 128)
+        eos = torch.tensor([0, 1], device="meta")
+        sample_token(model, slots, eos, 30, temperature, 32, 64)
+    assert mode.operations > 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_starting_a_group_neither_waits_nor_touches_the_host(kind, dtype):
+    """A prompt is computed on the CPU, or its keys and values are copied there on their way to the cache."""
+    model = on_the_device(kind, dtype)
+    with torch.inference_mode(), OnTheDevice() as mode:
+        slots = Slots(model, 8, 30, 128)
+        prefix = rollout.prefill(model, PROMPTS[3])
+        slots.add(range(3), PROMPTS[3], prefix, np.zeros((3, 30)))
+    assert slots.n == 3 and mode.operations > 50
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_training_pass_neither_waits_nor_touches_the_host(kind, dtype, chunked):
+    """A boolean mask makes the device search for the tokens, or an index stays on the CPU."""
+    model = on_the_device(kind, dtype)
+    model.checkpointing = chunked
+    rows = [bcr.Row(PROMPTS[0], [7] * n, torch.zeros(n), np.ones(n)) for n in (4, 9, 2)]
+    with OnTheDevice() as mode:
+        logprobs = token_logprobs(model, rows, 0.7, max_logits=64 * 5 if chunked else 2**26)  # (M,)
+        old = torch.zeros(15).to("meta")
+        bcr.policy_loss(logprobs, old, torch.ones(15).to("meta"), 100, 0.2, 0.28).backward()
+    assert all(p.grad.device.type == "meta" for p in model.parameters()) and mode.operations > 200
+
+
+def test_the_mode_notices():
+    """The stand-in of the tests above would let everything pass."""
+    x = torch.zeros(3, device="meta")
+    for mistake in (lambda: x[torch.tensor([True, False, True]).to("meta")], lambda: x + torch.zeros(3),
+                    lambda: x.cpu(), lambda: x.sum().item(), lambda: x.nonzero()):
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), OnTheDevice():
+            mistake()
+
+
+# ----------------------------------------------------------------------------------------------
+# Graphs
+
+
+class RecordedGraph:
+    """Takes the place of torch.cuda.CUDAGraph: capturing executes nothing, a replay executes all."""
+
+    capturing = None
+
+    def __init__(self):
+        self.calls = []
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+class capture:
+    """Takes the place of torch.cuda.graph."""
+
+    def __init__(self, graph, pool=None):
+        self.graph = graph
+
+    def __enter__(self):
+        RecordedGraph.capturing = self.graph
+
+    def __exit__(self, *error):
+        RecordedGraph.capturing = None
+
+
+def recordable(function):
+    """A function that is recorded while a graph is captured, as kernels are."""
+    def call(*arguments):
+        if RecordedGraph.capturing:
+            RecordedGraph.capturing.calls.append(lambda: function(*arguments))
+        else:
+            function(*arguments)
+    return call
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+def test_a_token_is_computed_once_whatever_the_order_of_sizes(graphs):
+    """A capture is not replayed, so a token is lost, or it is computed by the capture's call, too."""
+    rng = np.random.default_rng(0)
+    sizes = [(int(n), int(filled)) for n, filled in rng.integers(1, 4, (200, 2))]
+    computed = []
+    run = cuda_graphs(recordable(lambda *pair: computed.append(pair)))
+    for pair in sizes:
+        run(*pair)
+    assert computed == sizes and len(set(sizes)) == 9
+
+
+def test_graphs_sample_what_the_plain_step_samples(graphs, monkeypatch):
+    """Graphs hold a state that the loop replaces, or sizes change what a row computes. The CPU runs at the
+    pace of a GPU here: it looks for ended rows every 8 tokens and rounds sizes up."""
+    model = random_model()
+    options = dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=9)
+    expected = generate(model, PROMPTS, 3, 40, **options)
+    monkeypatch.setitem(rollout.WRAPPERS, "cpu", cuda_graphs)
+    monkeypatch.setitem(rollout.LOOK_EVERY, "cpu", 8)
+    monkeypatch.setattr(rollout, "row_multiple", lambda device: 4)
+    monkeypatch.setattr(rollout, "sample_token", recordable(rollout.sample_token))
+    for ours, theirs in zip(generate(model, PROMPTS, 3, 40, **options), expected, strict=True):
+        assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
+
+
+# ----------------------------------------------------------------------------------------------
+# The device
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """PyTorch sees one GPU. Its own function judges which devices it can set."""
+    def set_device(device):
+        if torch.cuda._utils._get_device_index(device) >= 1:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_model_loads_onto_the_one_gpu(one_gpu, monkeypatch, name):
+    """PyTorch refuses "cuda" where it asks for a number: no run on one GPU passes its first line."""
+    used = []
+
+    def from_pretrained(path, dtype, device):
+        used.append((dtype, device))
+        return random_model(vocab_size=576)
+
+    monkeypatch.setattr(Transformer, "from_pretrained", from_pretrained)
+    _, _, about = evaluate.load_model(evaluate.EvaluationSettings(device=name))
+    assert used == [(torch.bfloat16, "cuda:0")] and "bfloat16 on cuda:0" in about
+
+
+@pytest.mark.parametrize("name, local_rank, world_size, expected", [
+    ("auto", "0", "1", "cuda:0"), ("cuda", "3", "8", "cuda:3"), ("auto", "5", "8", "cuda:5"),
+    ("cuda:0", "2", "8", "cuda:2")])
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch, name, local_rank, world_size, expected):
+    """All processes use the first GPU."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert distributed.find_device(name) == expected and used == [expected]
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cuda:x", "gpu", "mps"])
+def test_a_device_that_does_not_exist_is_named(one_gpu, name):
+    """A traceback of PyTorch's, or a run on another device."""
+    with pytest.raises(UserError, match=f"--device {name} is not available: use cpu or one of the 1 GPUs"):
+        distributed.find_device(name)
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_a_gpu_samples_as_many_rows_as_fit(monkeypatch, capsys):
+    """An evaluation with a large budget asks for more keys and values than a GPU holds, a small one is
+    slowed down, or a line is printed at every step."""
+    config = Config.from_hf(scale.CONFIGS["hbx/JustRL-DeepSeek-1.5B"])
+    model = types.SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10e9)
+    prompts = [[1] * 1000] * 272
+    rows = [distributed.rows_at_a_time(model, prompts, 1, budget, 256) for budget in (100, 16384, 16384)]
+    assert rows[0] == 256 and rows[1] == rows[2]
+    assert 0.9 * 60e9 * 0.95 < rows[1] * 28672 * 17384 < 0.9 * 60e9  # bytes of keys and values
+    assert distributed.rows_at_a_time(model, prompts[:30], 1, 16384, 256) == 30
+    assert distributed.rows_at_a_time(model, prompts, 1, 10**7, 256) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in said] == ["16384", "10000000"]
+
+
+def test_a_cpu_samples_as_many_rows_as_it_is_asked_to():
+    """The free memory of a CPU changes how many rows are sampled at a time."""
+    assert distributed.rows_at_a_time(random_model(), [[1]], 1, 10**7, 256) == 256
+
+
+def test_the_commands_of_the_paper_fit_their_cards():
+    """A command in README or data/README runs out of memory in one of its phases."""
+    commands = scale.paper_commands()
+    assert {s.model for s in commands} == set(scale.CONFIGS) and len(commands) == 3
+    for s in commands:
+        phases = scale.memory(Config.from_hf(scale.CONFIGS[s.model]), s, scale.CARDS[s.model])
+        assert len(phases) == 4
+        for parts in phases.values():
+            assert sum(parts.values()) < scale.CARDS[s.model]
+
+
+def test_what_a_pass_keeps_is_counted_right():
+    """The count of what autograd keeps, on tensors without values, is not what a real pass keeps."""
+    model = random_model("qwen2", hidden_size=64, num_hidden_layers=3).to(torch.bfloat16)
+    counted = scale.saved_bytes(model.config, 20, 20 + 4 * 30, 4, False)
+    tensors = {}
+
+    def note(tensor):
+        tensors[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    rows = [bcr.Row([1] * 20, [2] * 30, None, None) for _ in range(4)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        token_logprobs(model, rows, 1.0)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    real = sum(storage.nbytes() for key, storage in tensors.items() if key not in weights)
+    assert 0.9 * real < counted < 1.1 * real
