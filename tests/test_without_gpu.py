@@ -284,3 +284,11 @@ def test_what_a_pass_keeps_is_counted_right():
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     real = sum(storage.nbytes() for key, storage in tensors.items() if key not in weights)
     assert 0.9 * real < counted < 1.1 * real
+
+
+def test_the_memory_table_is_what_the_command_prints(capsys):
+    """data/README has the table of an earlier formula, or of other commands."""
+    scale.print_memory()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    text = (scale.REPO / "data/README.md").read_text().splitlines()
+    assert len(rows) > 25 and not set(rows) - set(text)
