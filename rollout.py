@@ -179,13 +179,12 @@ def free_memory(device):
 
 
 def prefill(model, prompt):
-    """The Prefix of all but the last token of a prompt: sampling feeds that one. None for one token.
+    """The Prefix of all but the last token of a prompt: sampling feeds that one.
 
     Prompts are computed one at a time: next to others, a prompt would be padded and round differently."""
-    if len(prompt) == 1:
-        return None
     prefix = Prefix()
-    model.hidden(torch.tensor([prompt[:-1]], device=model.device), None, prefix)
+    if len(prompt) > 1:
+        model.hidden(torch.tensor([prompt[:-1]], device=model.device), None, prefix)
     return prefix
 
 
@@ -193,36 +192,36 @@ class Slots:
     """The state of the rows: slots 0..n-1 are sampling, the others are free."""
 
     def __init__(self, model, rows, budget, length):
-        device = model.device
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=model.device)
+
         self.n = 0
-        self.cache = Cache(model.config, rows, length, model.dtype, device)
-        self.rotations = model.rotations(torch.arange(length, device=device))  # (2, length, D)
-        self.noise = torch.zeros(rows, budget + 1, dtype=torch.float64, device=device)
-        # The last column takes the writes of rows that are done.
-        self.tokens = torch.zeros(rows, budget + 1, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, budget + 1, dtype=torch.float32, device=device)
-        self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # the token to feed next
-        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # where it goes
-        self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens sampled so far
-        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)  # neither EOS nor the budget came
+        self.cache = Cache(model.config, rows, length, model.dtype, model.device)
+        self.rotations = model.rotations(torch.arange(length, device=model.device))  # (2, length, D)
+        self.noise = zeros(rows, budget + 1, dtype=torch.float64)
+        self.tokens = zeros(rows, budget + 1)  # the last column takes the writes of rows that are done
+        self.logprobs = zeros(rows, budget + 1, dtype=torch.float32)
+        self.last = zeros(rows)  # the token to feed next
+        self.position = zeros(rows)  # where it goes
+        self.count = zeros(rows)  # tokens sampled so far
+        self.alive = zeros(rows, dtype=torch.bool)  # neither EOS nor the budget came
         self.job = np.zeros(rows, dtype=np.int64)  # the index of the completion
-        # The host's copy of `position`. Between two looks it is an upper bound.
-        self.reach = np.zeros(rows, dtype=np.int64)
+        self.reach = np.zeros(rows, dtype=np.int64)  # the host's upper bound of `position`
 
     def add(self, jobs, prompt, prefix, noise):
         """Starts the completions `jobs` of one prompt. noise: (jobs, budget)."""
         free = slice(self.n, self.n + len(jobs))
-        if prefix is not None:
-            for layer, (k, v) in enumerate(zip(prefix.k, prefix.v)):  # (1, K, T, D)
-                self.cache.k[layer][free, :, :k.shape[2]] = k
-                self.cache.v[layer][free, :, :v.shape[2]] = v
+        filled = len(prompt) - 1
+        for layer, (k, v) in enumerate(zip(prefix.k, prefix.v)):  # (1, K, T, D)
+            self.cache.k[layer][free, :, :filled] = k
+            self.cache.v[layer][free, :, :filled] = v
         self.noise[free, :-1] = torch.from_numpy(noise).to(self.noise.device)
         self.last[free] = prompt[-1]
-        self.position[free] = len(prompt) - 1
+        self.position[free] = filled
         self.count[free] = 0
         self.alive[free] = True
         self.job[free] = jobs
-        self.reach[free] = len(prompt) - 1
+        self.reach[free] = filled
         self.n += len(jobs)
 
     def remove(self, done):
@@ -250,27 +249,32 @@ class Slots:
 def sample_token(model, slots, eos, budget, temperature, n, filled):
     """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn
     for it. Rows that are not alive do not move. Nothing here waits for the host."""
-    cache = slots.cache.at(slots.position[:n], filled)
-    rotation = slots.rotations[:, slots.position[:n, None]]  # (2, n, 1, D)
-    hidden = model.hidden(slots.last[:n, None], rotation, cache)[:, 0]  # (n, C)
-    logits = model.head(hidden).float()  # (n, V)
+    position = slots.position[:n]  # views, (n,): what is added to them moves the rows
+    count = slots.count[:n]
+    alive = slots.alive[:n]
+    rotation = slots.rotations[:, position[:, None]]  # (2, n, 1, D)
+    cache = slots.cache.at(position, filled)
+    hidden = model.hidden(slots.last[:n, None], rotation, cache)  # (n, 1, C)
+    logits = model.head(hidden[:, 0]).float()  # (n, V)
     if temperature not in (0, 1):
         logits = logits / temperature
     logp = torch.log_softmax(logits, dim=-1)  # (n, V)
     if temperature:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        # The probabilities sum to cdf[-1], which is 1 up to rounding.
-        u = slots.noise[:n].gather(1, slots.count[:n, None]) * cdf[:, -1:]
+        u = slots.noise[:n].gather(1, count[:, None])  # (n, 1)
+        u = u * cdf[:, -1:]  # the probabilities sum to 1 only up to rounding
         token = torch.searchsorted(cdf, u, right=True)  # (n, 1): the first whose CDF exceeds u
-        token = token.clamp(max=logp.shape[-1] - 1)  # none does if the logits are not finite
+        token = token.clamp(max=logp.shape[1] - 1)  # none does if the logits are not finite
     else:
         token = logp.argmax(-1, keepdim=True)
-    slots.tokens[:n].scatter_(1, slots.count[:n, None], token)
-    slots.logprobs[:n].scatter_(1, slots.count[:n, None], logp.gather(1, token))
+    logp = logp.gather(1, token)  # (n, 1)
+    slots.tokens[:n].scatter_(1, count[:, None], token)
+    slots.logprobs[:n].scatter_(1, count[:, None], logp)
     slots.last[:n] = token[:, 0]
-    slots.position[:n] += slots.alive[:n]
-    slots.count[:n] += slots.alive[:n]
-    slots.alive[:n] &= (token != eos).all(dim=1) & (slots.count[:n] < budget)
+    position += alive
+    count += alive
+    alive &= count < budget
+    alive &= (token != eos).all(dim=1)
 
 
 def cuda_graphs(step):
@@ -379,28 +383,32 @@ def token_logprobs(model, rows, temperature, max_logits=2**26):
     Logits are computed in chunks of at most `max_logits` and recomputed in the backward pass: for a large
     vocabulary the logits of all tokens would not fit in memory."""
     device = model.device
-    prompt = torch.tensor(rows[0].prompt[:-1], dtype=torch.int64)  # (S,)
-    inputs = [torch.tensor(row.prompt[-1:] + row.tokens[:-1]) for row in rows]  # each predicts the next
+    *prompt, last = rows[0].prompt  # each token is predicted at the one before it
+    inputs = [torch.tensor([last, *row.tokens[:-1]]) for row in rows]
     inputs = pad_sequence(inputs, batch_first=True)  # (B, T)
     S = len(prompt)
     B, T = inputs.shape
-    tokens = torch.cat((prompt, inputs.flatten()))[None]  # (1, S + B T): the prompt once, then B times T
-    positions = torch.cat((torch.arange(S), torch.arange(S, S + T).repeat(B)))[None]  # (1, S + B T)
+    prompt = torch.tensor(prompt, dtype=torch.int64)  # (S,)
+    tokens = torch.cat((prompt, inputs.flatten()))  # (S + B T,): the prompt once, then B times T
+    positions = torch.arange(S, S + T).repeat(B)
+    positions = torch.cat((torch.arange(S), positions))  # (S + B T,)
+    rotation = model.rotations(positions[None].to(device))
     shared = SharedPrompt(S, B) if B > 1 else None
-    rotation = model.rotations(positions.to(device))
-    hidden = model.hidden(tokens.to(device), rotation, shared)[0, S:]  # (B T, C)
+    hidden = model.hidden(tokens[None].to(device), rotation, shared)  # (1, S + B T, C)
 
     # Leave out the padding. The host knows where it is, so the device does not have to search for it.
     lengths = torch.tensor([len(row.tokens) for row in rows])
     sampled = torch.arange(T) < lengths[:, None]  # (B, T)
-    hidden = hidden[sampled.flatten().nonzero()[:, 0].to(device)]  # (M, C)
+    where = S + sampled.flatten().nonzero()[:, 0]  # (M,)
+    hidden = hidden[0, where.to(device)]  # (M, C)
     targets = torch.cat([torch.tensor(row.tokens) for row in rows]).to(device)  # (M,)
 
     def logprobs_of(hidden, targets):
         logits = model.head(hidden).float()  # (chunk, V)
         if temperature != 1:
             logits = logits / temperature
-        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+        logp = torch.log_softmax(logits, dim=-1)
+        return logp.gather(1, targets[:, None])[:, 0]
 
     chunk = max(1, max_logits // model.config.vocab_size)
     if len(targets) <= chunk:
