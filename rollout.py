@@ -40,7 +40,8 @@ def uniforms(seed, step, prompt, sample, count):
     of a stream is the same however many are drawn."""
     key = np.array([seed, step], np.uint64)
     counter = np.array([0, 0, prompt, sample], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(count)
+    bits = np.random.Philox(key=key, counter=counter)
+    return np.random.Generator(bits).random(count)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -92,19 +93,23 @@ class Cache:
         """Adds k and v (n, K, 1, D) of a new token; its q (n, H, 1, D) attends to all tokens of its row."""
         n, K, _, D = k.shape
         filled = self.mask.shape[-1]
-        self.k[layer][self.rows, :, self.positions] = k[:, :, 0]  # (n, K, D)
-        self.v[layer][self.rows, :, self.positions] = v[:, :, 0]
-        k = self.k[layer][:n, :, :filled]  # (n, K, T, D)
-        v = self.v[layer][:n, :, :filled]
+        keys = self.k[layer]  # (R, K, T, D)
+        values = self.v[layer]
+        keys[self.rows, :, self.positions] = k[:, :, 0]  # (n, K, D)
+        values[self.rows, :, self.positions] = v[:, :, 0]
+        k = keys[:n, :, :filled]  # (n, K, T, D)
+        v = values[:n, :, :filled]
         q = q.reshape(n, K, -1, D)  # the group of H/K heads that share a key are its queries
         if not q.is_cpu or q.dtype != torch.float32:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
             return y.reshape(n, -1, 1, D)
         # On a CPU the values are added up in blocks of 256 keys. Longer products round differently, and
         # what a row computes must not depend on `filled`, the length of the longest row next to it.
-        weights = torch.softmax((q * D**-0.5) @ k.mT + self.mask, dim=-1)  # (n, K, H/K, T)
+        scores = (q * D**-0.5) @ k.mT + self.mask  # (n, K, H/K, T)
+        weights = torch.softmax(scores, dim=-1)
         blocks = zip(weights.split(256, dim=3), v.split(256, dim=2))
-        return sum(w @ block for w, block in blocks).reshape(n, -1, 1, D)
+        y = sum(w @ block for w, block in blocks)
+        return y.reshape(n, -1, 1, D)
 
 
 class SharedPrompt:
@@ -119,7 +124,8 @@ class SharedPrompt:
     def attend(self, layer, q, k, v):
         y = causal_attention(self.unpack(q), self.unpack(k), self.unpack(v))  # (B, H, S + T, D)
         prompt, others = y.tensor_split((self.prompt_length,), dim=2)
-        return torch.cat((prompt[:1], others.transpose(0, 1).flatten(1, 2)[None]), dim=2)
+        others = others.transpose(0, 1).flatten(1, 2)  # (H, B T, D)
+        return torch.cat((prompt[:1], others[None]), dim=2)
 
     def unpack(self, x):
         """(1, heads, S + B T, D) -> (B, heads, S + T, D)"""
@@ -156,7 +162,8 @@ def row_bytes(config, length, budget, dtype):
     """Bytes on the device for each row at work: keys and values, what `Slots` holds, and the tensors over
     the vocabulary of one token, which a GPU holds twice (once eagerly, once in the pool of the graphs)."""
     size = dtype.itemsize
-    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    token = 2 * size * config.num_key_value_heads * config.head_dim  # a key and a value
+    cache = config.num_hidden_layers * token * length
     state = (8 + 8 + 4) * (budget + 1)  # noise, tokens, logprobs
     vocabulary = (size + 4 + 4 + 4 + 8) * config.vocab_size  # logits, float32, logprobs, exp, float64 CDF
     return cache + state + 2 * vocabulary
@@ -165,7 +172,8 @@ def row_bytes(config, length, budget, dtype):
 def rows_that_fit(config, length, budget, dtype, free, max_rows):
     """At most `max_rows` rows of `length` tokens, in `free` bytes of which a tenth is left over for CUDA
     graphs, a prompt, and gaps between blocks."""
-    return max(1, min(max_rows, int(0.9 * free) // row_bytes(config, length, budget, dtype)))
+    rows = int(0.9 * free) // row_bytes(config, length, budget, dtype)
+    return max(1, min(max_rows, rows))
 
 
 def free_memory(device):
@@ -224,17 +232,21 @@ class Slots:
         self.reach[free] = filled
         self.n += len(jobs)
 
+    def filled(self):
+        """The number of tokens in the longest row after the next one."""
+        return int(self.reach[:self.n].max()) + 1
+
     def remove(self, done):
         """Frees the slots where done (n,) is true; rows from the end move into the holes."""
         kept = int(self.n - done.sum())
         holes = done[:kept].nonzero()[0]
         movers = kept + (~done[kept:]).nonzero()[0]
-        filled = int(self.reach[:self.n].max()) + 1
+        filled = self.filled()
         if len(holes):
             for kv in (*self.cache.k, *self.cache.v):  # (R, K, T, D) of one layer
                 kv[holes, :, :filled] = kv[movers, :, :filled]
-            for state in (self.noise, self.tokens, self.logprobs, self.last, self.position, self.count,
-                          self.alive, self.job, self.reach):
+            for state in (self.noise, self.tokens, self.logprobs, self.last, self.position,
+                          self.count, self.alive, self.job, self.reach):
                 state[holes] = state[movers]
         self.alive[kept:self.n] = False
         self.n = kept
@@ -355,8 +367,8 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
 
         # Sample one token of each row.
         n = min(round_up(slots.n, row_multiple(device)), max_rows)
-        filled = round_up(int(slots.reach[:slots.n].max()) + 1, LENGTH_MULTIPLE[device.type])
-        one_token_fast(n, min(filled, length))
+        filled = min(round_up(slots.filled(), LENGTH_MULTIPLE[device.type]), length)
+        one_token_fast(n, filled)
         slots.reach[:slots.n] += 1
         turn += 1
         if turn % LOOK_EVERY[device.type]:
