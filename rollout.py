@@ -1,15 +1,13 @@
 """
-Sampling G completions of each of P prompts, and the logprobs of completions for training. The two stand
-side by side because they must agree: training uses exactly the distribution that was sampled from. No
-part of it is cut off (no top-k, no top-p).
+Sampling G completions of each of P prompts, and the logprobs of completions for training. They stand
+side by side because they must agree: training uses exactly the distribution that was sampled from,
+without top-k or top-p.
 
-Four ideas. (1) A completion depends on nothing but its place: each token is drawn with a number that is a
-function of (seed, step, prompt, sample, token), whatever is sampled next to it. (2) All rows share one
-cache that is allocated once; each row has its own position in it. (3) A prompt is computed once, and its
-keys and values are copied to its G samples. (4) A row that ends leaves the batch at once, and the next
-completion takes the free slot.
-
-On a CPU in float32, with one thread, not even the last bit of a logprob depends on the other rows.
+(1) A completion depends on nothing but its place: each token is drawn with a number that is a
+function of (seed, step, prompt, sample, token). On a CPU in float32, with one thread, not even the
+last bit of a logprob depends on the rows next to it. (2) All rows share one cache; each row has its
+own position in it. (3) A prompt is computed once, and its keys and values are copied to its samples.
+(4) A row that ends leaves the batch at once, and the next completion takes its slot.
 """
 
 from dataclasses import dataclass
@@ -26,18 +24,18 @@ from model import causal_attention
 
 @dataclass
 class Completion:
-    """One sample. It has no padding: a loss over its tokens needs no mask, and EOS counts like any token."""
+    """One sample. It has no padding: a loss over its tokens needs no mask, and EOS counts."""
 
     tokens: list[int]  # as sampled, EOS included
-    logprobs: torch.Tensor  # (T,) float32 on the CPU, under the distribution each token was drawn from
+    logprobs: torch.Tensor  # (T,) float32 on the CPU, of the distribution that was sampled from
     truncated: bool  # ended by the budget, not by EOS
 
 
 def uniforms(seed, step, prompt, sample, count):
     """The `count` numbers in [0, 1) that decide the tokens of one sample, float64 (count,).
 
-    Philox (Salmon et al. 2011) is a counter-based generator: each sample has its own stream, and number t
-    of a stream is the same however many are drawn."""
+    Philox (Salmon et al. 2011) is a counter-based generator: each sample has its own stream, and
+    number t of a stream is the same however many are drawn."""
     key = np.array([seed, step], np.uint64)
     counter = np.array([0, 0, prompt, sample], np.uint64)
     bits = np.random.Philox(key=key, counter=counter)
@@ -67,11 +65,10 @@ class Prefix:
 
 
 class Cache:
-    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each row
-    at its own position. Attention sees the first `filled` tokens only.
+    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each
+    row at its own position. Attention sees the first `filled` tokens only.
 
-    Each layer has its own tensors. Blocks of 1/L of the cache are freed and found again between the steps
-    of training, where two blocks of half the GPU would be broken up by AdamW's state."""
+    Each layer has its own tensors: AdamW's state would break up two blocks of half the GPU's memory."""
 
     def __init__(self, config, rows, length, dtype, device):
         shape = (rows, config.num_key_value_heads, length, config.head_dim)
@@ -80,17 +77,17 @@ class Cache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
 
     def at(self, positions, filled):
-        """Sets where the next token of rows 0..n-1 goes. positions: (n,); filled: more than the largest."""
+        """Sets where the next token of rows 0..n-1 goes. positions: (n,), below `filled`."""
         device = positions.device
         self.positions = positions
         self.rows = torch.arange(len(positions), device=device)
         unseen = torch.arange(filled, device=device) > positions[:, None]  # (n, T)
         mask = torch.zeros(unseen.shape, dtype=self.k[0].dtype, device=device)
-        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T), to be added
+        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (n, 1, 1, T)
         return self
 
     def attend(self, layer, q, k, v):
-        """Adds k and v (n, K, 1, D) of a new token; its q (n, H, 1, D) attends to all tokens of its row."""
+        """Adds k and v (n, K, 1, D) of a new token; its q (n, H, 1, D) attends to all of its row."""
         n, K, _, D = k.shape
         filled = self.mask.shape[-1]
         keys = self.k[layer]  # (R, K, T, D)
@@ -103,8 +100,8 @@ class Cache:
         if not q.is_cpu or q.dtype != torch.float32:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
             return y.reshape(n, -1, 1, D)
-        # On a CPU the values are added up in blocks of 256 keys. Longer products round differently, and
-        # what a row computes must not depend on `filled`, the length of the longest row next to it.
+        # On a CPU, sum over keys in blocks of 256: longer products round differently, and what a row
+        # computes must not depend on `filled`, the length of the longest row next to it.
         scores = (q * D**-0.5) @ k.mT + self.mask  # (n, K, H/K, T)
         weights = torch.softmax(scores, dim=-1)
         blocks = zip(weights.split(256, dim=3), v.split(256, dim=2))
@@ -113,9 +110,9 @@ class Cache:
 
 
 class SharedPrompt:
-    """Attention of B sequences that begin with the same S tokens. The model's input is (1, S + B T): the S
-    tokens once, then the T other tokens of each sequence. Attention sees B complete sequences; everything
-    else is computed once for the S tokens."""
+    """Attention of B sequences that begin with the same S tokens. The model's input is (1, S + B T):
+    the S tokens once, then the T other tokens of each sequence. Attention sees B complete sequences;
+    everything else is computed once for the S tokens."""
 
     def __init__(self, prompt_length, sequences):
         self.prompt_length = prompt_length  # S
@@ -148,9 +145,9 @@ def round_up(value, multiple):
 def row_multiple(device):
     """The multiple to which the number of rows in a step is rounded up.
 
-    On a GPU it keeps the shapes few. On a CPU it gives a row the same bits whatever the number of rows:
-    smaller products use other kernels, which round differently. Measured: 16 with AVX-512, 64 with AVX2.
-    With several threads the rounding depends on their number anyway."""
+    On a GPU it keeps the shapes few. On a CPU it gives a row the same bits whatever the number of
+    rows: smaller products use other kernels, which round differently (measured: below 16 rows with
+    AVX-512, below 64 with AVX2). With several threads rounding depends on their number anyway."""
     if device.type == "cuda":
         return 32
     if torch.get_num_threads() > 1:
@@ -159,19 +156,20 @@ def row_multiple(device):
 
 
 def row_bytes(config, length, budget, dtype):
-    """Bytes on the device for each row at work: keys and values, what `Slots` holds, and the tensors over
-    the vocabulary of one token, which a GPU holds twice (once eagerly, once in the pool of the graphs)."""
+    """Bytes on a GPU for each row: keys and values, what `Slots` holds, and one token's tensors over
+    the vocabulary, held twice (by the eager step and in the pool of the graphs)."""
     size = dtype.itemsize
     token = 2 * size * config.num_key_value_heads * config.head_dim  # a key and a value
     cache = config.num_hidden_layers * token * length
     state = (8 + 8 + 4) * (budget + 1)  # noise, tokens, logprobs
-    vocabulary = (size + 4 + 4 + 4 + 8) * config.vocab_size  # logits, float32, logprobs, exp, float64 CDF
+    # Logits, in float32, their logprobs and probabilities, and the CDF in float64.
+    vocabulary = (size + 4 + 4 + 4 + 8) * config.vocab_size
     return cache + state + 2 * vocabulary
 
 
 def rows_that_fit(config, length, budget, dtype, free, max_rows):
-    """At most `max_rows` rows of `length` tokens, in `free` bytes of which a tenth is left over for CUDA
-    graphs, a prompt, and gaps between blocks."""
+    """At most `max_rows`: as many rows of `length` tokens as fit `free` bytes. A tenth is left over
+    for CUDA graphs, a prompt, and gaps between blocks."""
     rows = int(0.9 * free) // row_bytes(config, length, budget, dtype)
     return max(1, min(max_rows, rows))
 
@@ -189,7 +187,7 @@ def free_memory(device):
 def prefill(model, prompt):
     """The Prefix of all but the last token of a prompt: sampling feeds that one.
 
-    Prompts are computed one at a time: next to others, a prompt would be padded and round differently."""
+    Prompts are computed one at a time: padded next to others, they would round differently."""
     prefix = Prefix()
     if len(prompt) > 1:
         model.hidden(torch.tensor([prompt[:-1]], device=model.device), None, prefix)
@@ -205,9 +203,10 @@ class Slots:
 
         self.n = 0
         self.cache = Cache(model.config, rows, length, model.dtype, model.device)
-        self.rotations = model.rotations(torch.arange(length, device=model.device))  # (2, length, D)
+        positions = torch.arange(length, device=model.device)
+        self.rotations = model.rotations(positions)  # (2, length, D)
         self.noise = zeros(rows, budget + 1, dtype=torch.float64)
-        self.tokens = zeros(rows, budget + 1)  # the last column takes the writes of rows that are done
+        self.tokens = zeros(rows, budget + 1)  # the last column is for rows that are done
         self.logprobs = zeros(rows, budget + 1, dtype=torch.float32)
         self.last = zeros(rows)  # the token to feed next
         self.position = zeros(rows)  # where it goes
@@ -259,8 +258,8 @@ class Slots:
 
 
 def sample_token(model, slots, eos, budget, temperature, n, filled):
-    """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number drawn
-    for it. Rows that are not alive do not move. Nothing here waits for the host."""
+    """Samples one token for each of the first n rows, by inverting the CDF in float64 at the number
+    drawn for it. Rows that are not alive do not move. Nothing here waits for the device."""
     position = slots.position[:n]  # views, (n,): what is added to them moves the rows
     count = slots.count[:n]
     alive = slots.alive[:n]
@@ -290,8 +289,8 @@ def sample_token(model, slots, eos, budget, temperature, n, filled):
 
 
 def cuda_graphs(step):
-    """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs eagerly,
-    the second is recorded, and later calls replay the hundreds of kernels of a token with one launch."""
+    """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs
+    eagerly, the second is recorded, and later calls replay its hundreds of kernels in one launch."""
     graphs = {}
 
     def run(*sizes):
@@ -314,11 +313,11 @@ WRAPPERS = {"cpu": lambda step: step, "cuda": cuda_graphs}
 
 
 def check_length(model, tokens, budget):
-    """Raises UserError if a prompt of that many tokens and the budget exceed the model's positions."""
+    """Raises UserError if a prompt of that many tokens and the budget do not fit the model."""
     limit = model.config.max_position_embeddings
     if tokens + budget > limit:
-        raise UserError(f"a prompt of {tokens} tokens and a budget of {budget} exceed the {limit} positions "
-                        "of this model: lower the budget or N")
+        raise UserError(f"a prompt of {tokens} tokens and a budget of {budget} exceed the {limit} "
+                        "positions of this model: lower the budget or N")
 
 
 @torch.inference_mode()
@@ -326,13 +325,13 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
              prompt_keys=None, max_rows=256, on_finished=lambda: None):
     """Samples `samples` completions of each prompt, of at most `budget` tokens each.
 
-    prompts: P lists of token ids. prompt_keys: P integers that identify the prompts in the random stream
-    (default 0..P-1). temperature: 0 takes the most likely token and reports its logprob at temperature 1.
-    max_rows: how many completions are sampled at a time (on a CPU rounded up, see `row_multiple`).
+    prompts: P lists of token ids. prompt_keys: P integers that identify the prompts in the random
+    stream (default 0..P-1). temperature: 0 takes the most likely token, with its logprob at
+    temperature 1. max_rows: how many completions are sampled at a time (on a CPU rounded up).
     on_finished(): called when a completion ends.
 
-    Returns P * samples Completions in the order (prompt, sample). Raises UserError as `check_length`
-    does."""
+    Returns P * samples Completions in the order (prompt, sample). Raises UserError for a prompt and
+    a budget beyond the model's positions."""
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
     check_length(model, longest, budget)
@@ -389,10 +388,10 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
 
 
 def token_logprobs(model, rows, temperature, max_logits=2**26):
-    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the sum
-    of their lengths. The prompt is computed once for all of them.
+    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the
+    sum of their lengths. The prompt is computed once for all of them.
 
-    Logits are computed in chunks of at most `max_logits` and recomputed in the backward pass: for a large
+    Logits are computed in chunks of at most `max_logits` and again in the backward pass: for a large
     vocabulary the logits of all tokens would not fit in memory."""
     device = model.device
     *prompt, last = rows[0].prompt  # each token is predicted at the one before it
@@ -408,7 +407,7 @@ def token_logprobs(model, rows, temperature, max_logits=2**26):
     shared = SharedPrompt(S, B) if B > 1 else None
     hidden = model.hidden(tokens[None].to(device), rotation, shared)  # (1, S + B T, C)
 
-    # Leave out the padding. The host knows where it is, so the device does not have to search for it.
+    # Leave out the padding. The host knows where it is: the device does not have to search for it.
     lengths = torch.tensor([len(row.tokens) for row in rows])
     sampled = torch.arange(T) < lengths[:, None]  # (B, T)
     where = S + sampled.flatten().nonzero()[:, 0]  # (M,)
