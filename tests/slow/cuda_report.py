@@ -6,8 +6,6 @@ Is BCR right on this GPU, and how fast is it? One command, under ten minutes on 
 
 It prints a Markdown table and writes the same as JSON. The exit status is 1 if a part that must
 hold fails; the others are measurements. A part that raises is reported, and the next one follows.
-In a rehearsal, what only CUDA has is reported as "needs CUDA".
-
 1.5B has the shape of DeepSeek-R1-Distill-Qwen-1.5B, 4B that of Qwen3-4B: random weights, bfloat16.
 Three complete steps need a card of 80 GB; the checkpoint needs 25 GB of disk where TMPDIR says.
 """
@@ -17,19 +15,21 @@ import contextlib
 import functools
 import gc
 import json
-import math
-import platform
+import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))  # this file runs as a script
+if "--rehearse" in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the programs that it starts, too
 
 import numpy as np
 import torch
@@ -43,58 +43,38 @@ from data.problems import batch_prompt, load_problems
 from model import Config, Transformer
 
 CUDA = torch.cuda.is_available()
+NEEDS_CUDA = "needs CUDA"
 PEAK_FLOPS = 989e12  # dense bfloat16 products, from the data sheets of H100 SXM and H200
-SHAPE_15B = {
-    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
-    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "max_position_embeddings": 131072}
-SHAPE_4B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 40960, "tie_word_embeddings": True}
-TINY = {  # for rehearsals, in place of these sizes
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the parts compute: by default, the full report."""
-
-    device: str = "cuda:0"
-    devices: tuple = ("auto", "cuda", "cuda:0")  # the values of --device that mean it
-    square: int = 8192
-    flags: tuple = ("--eval-n", "1,4", "--eval-problems", "32")
-    problems: int = 32
-    rows: tuple = (32, 128, 256)
-    contexts: tuple = (1024, 3072, 5632)
-    profiled: tuple = (256, 3000, 5820)  # contexts
-    micro_tokens: int = 8192
-    groups: int = 32
-    prompts: tuple = (700, 1500)  # lengths
-    budget: int = 5120
-    # A token of a random model is one of V / ending EOS ids with probability 1 / ending. The last
-    # of 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens, in a cache of full size.
-    ending: int = 150
-    evaluation: tuple = (272, 16384)  # the prompts of Minerva, their budget
-
-
-REHEARSAL = Sizes(
-    device="cpu", devices=("cpu",), square=128,
+SHAPE_15B = dict(
+    model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+    num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+    max_position_embeddings=131072)
+SHAPE_4B = dict(
+    model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728,
+    num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    max_position_embeddings=40960, tie_word_embeddings=True)
+# A token of a random model is one of V / ending EOS ids with probability 1 / ending. The last of
+# 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens, in a cache of the full size.
+FULL = SimpleNamespace(
+    device="cuda:0", device_flags=("auto", "cuda", "cuda:0"), shape={}, square=8192,
+    flags=("--eval-n", "1,4", "--eval-problems", "32"), problems=32, rows=(32, 128, 256),
+    contexts=(1024, 3072, 5632), profiled=(256, 3000, 5820), micro_tokens=8192, groups=32,
+    prompt_lengths=(700, 1500), budget=5120, ending=150, eval_prompts=272, eval_budget=16384)
+REHEARSAL = SimpleNamespace(
+    device="cpu", device_flags=("cpu",), square=128, shape=dict(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     flags=("--n", "1", "--budget", "40", "--groups", "2", "--samples", "2", "--eval-n", "1",
            "--eval-problems", "2", "--eval-budget", "40", "--processes", "1"),
     problems=3, rows=(2, 4), contexts=(16, 32), profiled=(16, 37), micro_tokens=256, groups=2,
-    prompts=(7, 15), budget=24, ending=8, evaluation=(5, 60))
-
-# ----------------------------------------------------------------------------------------------
-# What several parts use
+    prompt_lengths=(7, 15), budget=24, ending=8, eval_prompts=5, eval_budget=60)
 
 
 def random_model(shape, s):
     """A model with random weights in bfloat16, its float32 master weights, and AdamW."""
     with torch.device(s.device):
-        config = Config.from_hf(shape if s.device != "cpu" else shape | TINY)
-        model = Transformer(config).to(torch.bfloat16)
+        model = Transformer(Config.from_hf(shape | s.shape)).to(torch.bfloat16)
     master = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
     return model, master, torch.optim.AdamW(master, lr=1e-6, foreach=False)
 
@@ -116,13 +96,21 @@ def full_batch(model, prompt, sequences, s):
 
 
 def decode_step(model, n, context):
-    """step(n, filled), which computes one token of n rows with `context` tokens. No row is alive,
-    so none moves: the step can be repeated."""
-    rows = rollout.Rows(model, n, 8, context)
+    """step(n, filled) computes a token of n rows with `context` tokens. No row is alive, so none
+    moves: the step can be repeated."""
+    rows, eos = rollout.Rows(model, n, 8, context), torch.tensor([-1], device=model.device)
     rows.position += context - 1
-    eos = torch.tensor([-1], device=model.device)
     return torch.inference_mode()(
         lambda n, filled: rollout.sample_token(model, rows, eos, 8, 1.0, n, filled))
+
+
+def release():
+    """Returns unused memory to the device, and starts its peaks again."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def timed(function, repeats=1, warm_up=0):
@@ -138,33 +126,27 @@ def timed(function, repeats=1, warm_up=0):
     return (time.perf_counter() - begin) / repeats
 
 
-def release():
-    """Returns unused memory to the device, and starts the peaks again."""
-    gc.collect()
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peaks():
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"GB allocated": allocated / 1e9 if CUDA else math.nan,
-            "GB reserved": reserved / 1e9 if CUDA else math.nan}
-
-
 def free_memory():
-    return torch.cuda.mem_get_info()[0] / 1e9 if CUDA else math.nan
+    return torch.cuda.mem_get_info()[0] / 1e9
+
+
+def memory(free=()):
+    """The peaks, in GB, and the least of `free` and what is free now."""
+    if not CUDA:
+        return {"memory": NEEDS_CUDA}
+    return {"GB allocated": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved": torch.cuda.max_memory_reserved() / 1e9, "free": min(*free, free_memory()),
+            "allocations tried again": torch.cuda.memory_stats()["num_alloc_retries"]}
 
 
 @contextlib.contextmanager
 def watch_captures():
-    """Yields a list of the gigabytes that are free when the capture of a graph begins."""
+    """Yields a list of the free GB when the capture of each graph begins."""
     free, capture_begin = [], torch.cuda.CUDAGraph.capture_begin
 
-    def watched(graph, *arguments, **options):
+    def watched(*arguments, **options):
         free.append(free_memory())
-        return capture_begin(graph, *arguments, **options)
+        return capture_begin(*arguments, **options)
 
     with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", watched):
         yield free
@@ -174,33 +156,26 @@ def watch_captures():
 # The parts. Each yields (case, {name: value}), and raises if it does not hold.
 
 
-@functools.cache
-def limits(s):
-    """The bytes per second of a copy (read and written), and the flops of a bfloat16 product."""
-    source = torch.zeros(s.square**2 * 16, dtype=torch.uint8, device=s.device)
-    target = torch.empty_like(source)
-    a = torch.randn(s.square, s.square, dtype=torch.bfloat16, device=s.device)
-    copying = timed(lambda: target.copy_(source), repeats=20, warm_up=2)
-    multiplying = timed(lambda: a @ a, repeats=20, warm_up=2)
-    return 2 * len(source) / copying, 2 * s.square**3 / multiplying
-
-
 def device(s):
-    name = torch.cuda.get_device_name() if CUDA else platform.machine()
-    yield "versions", {"device": name, "torch": torch.__version__, "CUDA": torch.version.cuda}
-    copy_rate, flops = limits(s)
-    yield "limits", {"GB": free_memory(), "copy GB/s": copy_rate / 1e9, "TFLOP/s": flops / 1e12}
+    """Also measures what others are compared with: bytes of a copy, flops of a product."""
+    name = torch.cuda.get_device_name() if CUDA else NEEDS_CUDA
+    yield "versions", {"GPU": name, "torch": torch.__version__, "CUDA": torch.version.cuda}
+    a = torch.randn(s.square, s.square, dtype=torch.bfloat16, device=s.device)
+    seconds = timed(lambda: a @ a, repeats=20, warm_up=2)
+    source = torch.zeros(8 * s.square**2, dtype=torch.bfloat16, device=s.device)
+    target = torch.empty_like(source)
+    copying = timed(lambda: target.copy_(source), repeats=20, warm_up=2)
+    s.copy_rate = 2 * source.nbytes / copying  # read and written
+    yield "limits", {"copy GB/s": s.copy_rate / 1e9, "TFLOP/s": 2 * s.square**3 / seconds / 1e12}
 
 
 def run(*command, status=0):
-    """Runs a command in the repo. Returns its seconds and what it printed."""
+    """Runs a command in the repo. Returns its seconds and what it prints."""
     begin = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=REPO, text=True, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    printed = process.stdout.strip()
-    last = printed.split("\n")[-1]
-    assert process.returncode == status, f"{command}: exit status {process.returncode}: {last}"
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=REPO, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = done.stdout.strip()
+    assert done.returncode == status, f"{command} ends with {done.returncode}: {printed[-300:]}"
     return time.perf_counter() - begin, printed
 
 
@@ -209,32 +184,29 @@ def resume(out, flags, steps):
 
 
 def programs(s):
-    """bcr.py, with a resume, evaluate.py and torchrun, with every name of the device."""
+    """bcr.py with a resume, evaluate.py and torchrun, and every name of the device."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in s.devices:
+        for name in s.device_flags:
             out = Path(folder, name.replace(":", "-"))
             flags = [*s.flags, "--save-every", 1, "--device", name]
             seconds, printed = run("bcr.py", *flags, "--out", out, "--steps", 2)
-            assert s.device in printed, f"--device {name} does not compute on {s.device}"
             yield f"bcr.py --device {name}", {"seconds": seconds}
-        if not CUDA:
-            yield "bcr.py --device cuda", {"seconds": math.nan}
+            assert s.device in printed, f"--device {name} does not compute on {s.device}"
         yield "resume", {"seconds": resume(out, flags, 3)[0]}
         steps = [json.loads(line)["step"] for line in open(out / "metrics.jsonl")]
         assert steps == [1, 2, 3], f"the steps after a resume are {steps}"
-        seconds, _ = run("evaluate.py", "--model", out / "model", "--problems", 8, "--device", name,
-                         "--out", out / "evaluate")
-        yield "evaluate.py", {"seconds": seconds}
-        seconds, _ = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1,
-                         "bcr.py", *flags, "--out", Path(folder, "torchrun"), "--steps", 1)
-        yield "torchrun", {"seconds": seconds}
+        command = ["evaluate.py", "--model", out / "model", "--n", 1, "--problems", 8, "--device"]
+        yield "evaluate.py", {"seconds": run(*command, name, "--out", out / "evaluate")[0]}
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "--"]
+        command = [*torchrun, "bcr.py", *flags, "--out", Path(folder, "torchrun"), "--steps", 1]
+        yield "torchrun", {"seconds": run(*command)[0]}
 
 
 def compare(ours, expected):
     """How far completions agree. Where two logits are almost equal, a token may differ."""
     equal = [(a, b) for a, b in zip(ours, expected) if a.tokens == b.tokens]
     differences = [(a.logprobs - b.logprobs).abs().max().item() for a, b in equal]
-    return {"equal completions": len(equal) / len(ours), "logprobs differ": max([0, *differences])}
+    return {"equal": len(equal) / len(ours), "logprobs differ by": max([0.0, *differences])}
 
 
 def parity(s):
@@ -249,8 +221,8 @@ def parity(s):
     for temperature, completions in expected.items():
         found = compare(sample(temperature=temperature), completions)
         yield f"float32, temperature {temperature}", found
-        assert found["equal completions"] > 0.95, "the tokens are not those of the CPU"
-        assert found["logprobs differ"] < 1e-3, "the logprobs are not those of the CPU"
+        assert found["equal"] > 0.95, "the tokens are not those of the CPU"
+        assert found["logprobs differ by"] < 1e-3, "the logprobs are not those of the CPU"
     model.to(torch.bfloat16)
     yield "bfloat16, temperature 0", compare(sample(temperature=0.0), expected[0.0])
     gaps = []
@@ -259,7 +231,7 @@ def parity(s):
         with torch.no_grad():
             gaps.append(rollout.token_logprobs(model, [row], 1.0).cpu() - c.logprobs)
     gap = torch.cat(gaps).abs()
-    yield "bfloat16, sampler and trainer", {"mean gap": gap.mean().item(), "max": gap.max().item()}
+    yield "bfloat16, sampler and trainer", {"gap": gap.mean().item(), "max": gap.max().item()}
     assert gap.mean() < 0.05, "the trainer does not see the distribution that was sampled"
 
 
@@ -271,46 +243,43 @@ def kernels_of(model, n, context):
     with torch.profiler.profile() as profile:
         step(n, context)
     used = (torch.cuda.max_memory_allocated() - before) / 1e9
-    wanted, clock = DeviceType.CPU, "self_cpu_time_total"
-    if CUDA:
-        wanted, clock = DeviceType.CUDA, "self_device_time_total"
-    found = [event for event in profile.key_averages() if event.device_type == wanted]
-    found.sort(key=lambda event: getattr(event, clock), reverse=True)
-    names = [re.sub("[<(].*", "", event.key.removeprefix("void ")) for event in found]
+    wanted = DeviceType.CUDA if CUDA else DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == wanted]
+    events.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    names = [re.sub("[<(].*", "", event.key.removeprefix("void ")) for event in events]
     attention = [name for name in names if re.search("fmha|flash", name)]
-    return {"kernels": sum(event.count for event in found), "attention": ", ".join(attention),
-            "longest": ", ".join(names[:3]), "GB": used if CUDA else math.nan}
+    return {"kernels": sum(event.count for event in events), "attention": ", ".join(attention),
+            "longest": ", ".join(names[:3]), "GB": used if CUDA else NEEDS_CUDA}
 
 
 def kernels(s):
-    """A token's attention is fused, and no step copies the cache."""
+    """The attention of a token is fused, and no step copies the cache."""
     model, _, _ = random_model(SHAPE_15B, s)
     for n in (s.rows[0], s.rows[-1]):
         for context in s.profiled:
             found = kernels_of(model, n, context)
             yield f"{n} rows, context {context:,}", found
             assert found["attention"], "attention is not fused"
-            assert not found["GB"] > 1, "a step allocates more than 1 GB"
+            assert not CUDA or found["GB"] < 1, "a step allocates more than 1 GB"
 
 
 def graphs(s):
     """Graphs and eager steps sample the same tokens, while rows end."""
     model, _, _ = random_model(SHAPE_15B, s)
-    n, ending = s.rows[-1], 2 * s.ending
-    sample = functools.partial(
-        rollout.generate, model, random_tokens(model, n // 2, 20), 2, ending,
-        eos_ids=random_eos(model, ending), max_rows=n)
+    n, budget = s.rows[-1], 2 * s.ending
+    prompts, eos = random_tokens(model, n // 2, 20), random_eos(model, budget)
+    sample = functools.partial(rollout.generate, model, prompts, 2, budget, eos_ids=eos)
     begin = time.perf_counter()
     with watch_captures() as free:
         ours = sample()
     middle = time.perf_counter()
     with mock.patch.object(rollout, "captured", lambda step: step):
         found = compare(ours, sample())
+    found |= {"seconds": middle - begin, "eager": time.perf_counter() - middle}
     if CUDA:
         found |= {"captures": len(free), "GB of each": (free[0] - free[-1]) / (len(free) - 1)}
-    yield f"{n} rows", found | {
-        "seconds": middle - begin, "eager": time.perf_counter() - middle}
-    assert found["equal completions"] == 1, "graphs change tokens"
+    yield f"{n} rows", found
+    assert found["equal"] == 1, "graphs change tokens"
 
 
 def decode_speed(model, n, context, s):
@@ -319,11 +288,10 @@ def decode_speed(model, n, context, s):
     if CUDA:
         step = rollout.captured(step)
     seconds = timed(lambda: step(n, context), repeats=20, warm_up=3)
-    c = model.config
-    weights = sum(p.numel() for p in model.model.layers.parameters()) + c.vocab_size * c.hidden_size
+    c, layers = model.config, sum(p.numel() for p in model.model.layers.parameters())
     cache = 2 * n * context * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    rate = 2 * (weights + cache) / seconds
-    return {"tokens/s": n / seconds, "GB/s": rate / 1e9, "% of copy": 100 * rate / limits(s)[0]}
+    rate = 2 * (layers + c.vocab_size * c.hidden_size + cache) / seconds
+    return {"tokens/s": n / seconds, "GB/s": rate / 1e9, "% of copy": 100 * rate / s.copy_rate}
 
 
 def decoding(s):
@@ -333,33 +301,30 @@ def decoding(s):
             yield f"{n} rows, context {context:,}", decode_speed(model, n, context, s)
 
 
-def training_speed(model, master, sequences, s):
+def training_speed(model, master, sequences, checkpointing, s):
     """Four passes of full micro-batches, a sixteenth of them prompt. Flops: 6 for each weight and
     token (the head's for completions), 12 for each channel of a query and each token it sees."""
+    model.checkpointing = checkpointing
     settings = bcr.Settings(micro_tokens=s.micro_tokens)
     prompt = random_tokens(model, 1, s.micro_tokens // 16)[0]
     rows = full_batch(model, prompt, sequences, s) * 4
     seconds = timed(
         lambda: bcr.accumulate_gradient(model, master, rows, 1000, settings), warm_up=1) / 4
-    c = model.config
-    length = len(rows[0].tokens)
-    tokens = len(prompt) + sequences * length
-    products = sum(p.numel() for p in model.model.layers.parameters()) * tokens
-    products += c.vocab_size * c.hidden_size * sequences * length
-    seen = sequences * (len(prompt) + length) ** 2 / 2
+    c, layers = model.config, sum(p.numel() for p in model.model.layers.parameters())
+    predicted = sequences * len(rows[0].tokens)
+    products = layers * (len(prompt) + predicted) + c.vocab_size * c.hidden_size * predicted
+    seen = sequences * (len(prompt) + len(rows[0].tokens)) ** 2 / 2
     attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
     flops = (6 * products + 12 * attention) / seconds
-    return {"seconds": seconds, "tokens/s": tokens / seconds, "MFU %": 100 * flops / PEAK_FLOPS,
-            "% of a product's flops": 100 * flops / limits(s)[1], **peaks()}
+    return {"seconds": seconds, "tokens/s": (len(prompt) + predicted) / seconds,
+            "TFLOP/s": flops / 1e12, "MFU %": 100 * flops / PEAK_FLOPS, **memory()}
 
 
 def training(s):
     model, master, _ = random_model(SHAPE_15B, s)
     for sequences in (1, 8):
-        yield f"{sequences} sequences", training_speed(model, master, sequences, s)
-        model.checkpointing = True
-        yield f"{sequences}, checkpointing", training_speed(model, master, sequences, s)
-        model.checkpointing = False
+        yield f"B = {sequences}", training_speed(model, master, sequences, False, s)
+        yield f"B = {sequences}, checkpointing", training_speed(model, master, sequences, True, s)
 
 
 def complete_step(model, master, optimizer, prompts, eos, s):
@@ -376,17 +341,16 @@ def complete_step(model, master, optimizer, prompts, eos, s):
     settings = bcr.Settings(micro_tokens=s.micro_tokens)
     bcr.accumulate_gradient(model, master, rows, len(rows) * s.budget, settings)
     norm = distributed.clip_gradient(master, 1.0)
-    assert 0 < norm < math.inf, f"the norm of the gradient is {norm}"
+    assert 0 < norm < float("inf"), f"the norm of the gradient is {norm}"
     optimizer.step()
     bcr.copy_weights(master, model)
     optimizer.zero_grad()
-    return {"sampling": middle - begin, "training": time.perf_counter() - middle,
-            "GB free": min([*free, free_memory()]), **peaks()}
+    return {"sampling": middle - begin, "training": time.perf_counter() - middle, **memory(free)}
 
 
 def three_steps(s):
     """The paper's steps with the whole cache, then an evaluation beside AdamW's state."""
-    for length in s.prompts:
+    for length in s.prompt_lengths:
         model, master, optimizer = random_model(SHAPE_15B, s)
         prompts, eos = random_tokens(model, s.groups, length), random_eos(model, s.ending)
         first = master[0].detach().clone()
@@ -395,75 +359,54 @@ def three_steps(s):
             found = complete_step(model, master, optimizer, prompts, eos, s)
             yield f"prompts of {length:,}, step {step}", found
         assert not torch.equal(first, master[0]), "the weights do not move"
-    count, budget = s.evaluation
-    prompts = random_tokens(model, count, s.prompts[0])
-    seconds = timed(lambda: rollout.generate(model, prompts, 1, budget, eos_ids=eos))
-    retries = torch.cuda.memory_stats().get("num_alloc_retries", math.nan)
-    yield "evaluation", {"seconds": seconds, "allocations tried again": retries, **peaks()}
-
-
-def tensors_of(master, optimizer):
-    """Master weights and AdamW's state."""
-    states = [value for weight in master for value in optimizer.state[weight].values()]
-    return [*(weight.detach() for weight in master), *states]
-
-
-def host_memory(field):
-    """Gigabytes of this process in host memory: VmRSS now, VmHWM at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(field + r":\s+(\d+)", status)[1]) * 1024 / 1e9
-
-
-def on_host(function):
-    """Calls a function. Returns its seconds and by how much it raises host memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before = host_memory("VmRSS")
-    seconds = timed(function)
-    return {"seconds": seconds, "GB of host memory": host_memory("VmHWM") - before}
+    prompts = random_tokens(model, s.eval_prompts, s.prompt_lengths[0])
+    seconds = timed(lambda: rollout.generate(model, prompts, 1, s.eval_budget, eos_ids=eos))
+    yield f"evaluation, budget {s.eval_budget:,}", {"seconds": seconds, **memory()}
 
 
 def checkpoint(s):
-    """What is loaded is what was saved."""
+    """What is loaded is what was saved: master weights and AdamW's state."""
     model, master, optimizer = random_model(SHAPE_15B, s)
+
+    def tensors():
+        return [[weight.detach(), *optimizer.state[weight].values()] for weight in master]
+
     for weight in master:
         weight.grad = torch.randn_like(weight)
     optimizer.step()
-    optimizer.zero_grad()
-    saved = [tensor.clone() for tensor in tensors_of(master, optimizer)]
+    saved = [[tensor.clone() for tensor in group] for group in tensors()]
     with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder), model, master, optimizer
-        found = on_host(lambda: distributed.save_checkpoint(state[0], 1, *state[1:]))
-        size = sum(path.stat().st_size for path in state[0].glob("*/*"))
-        yield "save", found | {"GB": size / 1e9}
-        for tensor in tensors_of(master, optimizer):
+        out = Path(folder)
+        seconds = timed(lambda: distributed.save_checkpoint(out, 1, model, master, optimizer))
+        size = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        yield "save", {"seconds": seconds, "GB": size, "GB of host memory at most": peak}
+        for tensor in sum(tensors(), []):
             tensor.zero_()
-        yield "load", on_host(lambda: distributed.load_checkpoint(*state))
-    for old, new in zip(saved, tensors_of(master, optimizer), strict=True):
+        seconds = timed(lambda: distributed.load_checkpoint(out, model, master, optimizer))
+        yield "load", {"seconds": seconds}
+    for old, new in zip(sum(saved, []), sum(tensors(), []), strict=True):
         assert torch.equal(old, new), "what is loaded is not what was saved"
 
 
 def no_memory(s):
     """bcr.py ends with status 2 and a sentence, in an eager step and within a capture."""
-    with tempfile.TemporaryDirectory() as folder:
-        for place in ("eager", "capture") if CUDA else ("eager",):
+    for place in ("eager", "capture") if CUDA else ("eager",):
+        with tempfile.TemporaryDirectory() as folder:
             _, printed = run(__file__, "--without-memory", place, *s.flags, "--device", s.device,
-                             "--out", Path(folder, place), status=2)
-            yield place, {"it says": printed.split("\n")[-1]}
-            assert "memory ran out" in printed and "Traceback" not in printed
-    if not CUDA:
-        yield "capture", {"it says": math.nan}
+                             "--out", Path(folder, "out"), status=2)
+        yield place, {"it prints": printed.split("\n")[-1]}
+        assert "memory ran out" in printed and "Traceback" not in printed
 
 
 def run_without_memory(place, arguments):
     """bcr.py where no memory is left from the first softmax, or the first capture, on."""
-    owner, name = torch, "log_softmax"
-    if place == "capture":
-        owner, name = torch.cuda.CUDAGraph, "capture_begin"
-    function = getattr(owner, name)
-    hog = []
+    eager = place == "eager"
+    owner, name = (torch, "log_softmax") if eager else (torch.cuda.CUDAGraph, "capture_begin")
+    function, hog, size = getattr(owner, name), [], 2**30 if CUDA else 2**60
 
     def without_memory(*positional, **named):
-        size = 2**30 if CUDA else 2**60
+        nonlocal size
         while size >= 512:
             try:
                 hog.append(torch.empty(size, dtype=torch.uint8, device="cuda" if CUDA else "cpu"))
@@ -478,8 +421,7 @@ def run_without_memory(place, arguments):
 def larger_model(s):
     model, master, _ = random_model(SHAPE_4B, s)
     yield "8 rows, context 2,048", decode_speed(model, 8, 2048, s)
-    model.checkpointing = True
-    yield "1 sequence, checkpointing", training_speed(model, master, 1, s)
+    yield "B = 1, checkpointing", training_speed(model, master, 1, True, s)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -490,28 +432,24 @@ PARTS = [device, programs, parity, kernels, graphs, decoding, training, three_st
 MUST_HOLD = [programs, parity, kernels, graphs, three_steps, checkpoint, no_memory]
 
 
-def measure(part, s):
+def readable(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return value
+
+
+def report(part, s):
     """Runs a part and prints its lines of the table. Returns them with the result."""
-    begin = time.perf_counter()
-    cases, result = {}, "holds" if part in MUST_HOLD else "measured"
+    begin, cases, result = time.perf_counter(), {}, "holds" if part in MUST_HOLD else "measured"
     try:
         for case, values in part(s):
-            cases[case] = {name: readable(value) for name, value in values.items()}
-            measured = ", ".join(f"{name} {value}" for name, value in cases[case].items())
+            cases[case] = values
+            measured = ", ".join(f"{name} {readable(value)}" for name, value in values.items())
             print(f"| {part.__name__} | {case} | {measured} |", flush=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, the next part follows
-        result = f"FAILS: {type(error).__name__}: {error}".split("\n")[0]
+        result = f"FAILS: {type(error).__name__}: {error}".replace("\n", " ")
     print(f"| {part.__name__} | **{result}** | {time.perf_counter() - begin:.0f} s |", flush=True)
     return {"part": part.__name__, "result": result, "cases": cases}
-
-
-def readable(value):
-    """A value for people: no more digits than mean something."""
-    if not isinstance(value, int | float):
-        return value
-    if math.isnan(value):
-        return "needs CUDA"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def main():
@@ -525,11 +463,11 @@ def main():
     print("| part | case | measured |\n| --- | --- | --- |")
     results = []
     for part in PARTS:
-        results.append(measure(part, REHEARSAL if o.rehearse else Sizes()))
+        results.append(report(part, REHEARSAL if o.rehearse else FULL))
         release()
         if o.out:
             Path(o.out).write_text(json.dumps(results, indent=2) + "\n")
-    failed = [part for part, result in zip(PARTS, results) if "FAILS" in result["result"]]
+    failed = [part for part, found in zip(PARTS, results) if "FAILS" in found["result"]]
     return int(any(part in MUST_HOLD for part in failed))
 
 
