@@ -39,32 +39,33 @@ import bcr
 import distributed
 import rollout
 from data.chat import encode_chat, load_chat
+from data.files import read_json
 from data.problems import batch_prompt, load_problems
 from model import Config, Transformer
 
 CUDA = torch.cuda.is_available()
 NEEDS_CUDA = "needs CUDA"
+SHIPPED = REPO / "data/tiny/model"
 PEAK_FLOPS = 989e12  # dense bfloat16 products, from the data sheets of H100 SXM and H200
 
-SHAPE_15B = dict(
-    model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
-    num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-    max_position_embeddings=131072)
-SHAPE_4B = dict(
-    model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728,
-    num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    max_position_embeddings=40960, tie_word_embeddings=True)
-# A token of a random model is one of V / ending EOS ids with probability 1 / ending. The last of
-# 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens, in a cache of the full size.
+SHAPE_15B = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "max_position_embeddings": 131072}
+SHAPE_4B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "tie_word_embeddings": True}
+# A random model samples one of the first V / ending ids with probability 1 / ending. With these
+# as EOS, the last of 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens, in a cache of
+# the full size.
 FULL = SimpleNamespace(
-    device="cuda:0", device_flags=("auto", "cuda", "cuda:0"), shape={}, square=8192,
+    device="cuda:0", device_flags=("auto", "cuda", "cuda:0"), square=8192,
     flags=("--eval-n", "1,4", "--eval-problems", "32"), problems=32, rows=(32, 128, 256),
     contexts=(1024, 3072, 5632), profiled=(256, 3000, 5820), micro_tokens=8192, groups=32,
     prompt_lengths=(700, 1500), budget=5120, ending=150, eval_prompts=272, eval_budget=16384)
 REHEARSAL = SimpleNamespace(
-    device="cpu", device_flags=("cpu",), square=128, shape=dict(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    device="cpu", device_flags=("cpu",), square=128,
     flags=("--n", "1", "--budget", "40", "--groups", "2", "--samples", "2", "--eval-n", "1",
            "--eval-problems", "2", "--eval-budget", "40", "--processes", "1"),
     problems=3, rows=(2, 4), contexts=(16, 32), profiled=(16, 37), micro_tokens=256, groups=2,
@@ -73,19 +74,16 @@ REHEARSAL = SimpleNamespace(
 
 def random_model(shape, s):
     """A model with random weights in bfloat16, its float32 master weights, and AdamW."""
+    if s is REHEARSAL:
+        shape = read_json(SHIPPED / "config.json")
     with torch.device(s.device):
-        model = Transformer(Config.from_hf(shape | s.shape)).to(torch.bfloat16)
+        model = Transformer(Config.from_hf(shape)).to(torch.bfloat16)
     master = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
     return model, master, torch.optim.AdamW(master, lr=1e-6, foreach=False)
 
 
 def random_tokens(model, count, length):
     return torch.randint(model.config.vocab_size, (count, length)).tolist()
-
-
-def random_eos(model, ending):
-    vocabulary = model.config.vocab_size
-    return torch.randperm(vocabulary)[:vocabulary // ending].tolist()
 
 
 def full_batch(model, prompt, sequences, s):
@@ -98,7 +96,8 @@ def full_batch(model, prompt, sequences, s):
 def decode_step(model, n, context):
     """step(n, filled) computes a token of n rows with `context` tokens. No row is alive, so none
     moves: the step can be repeated."""
-    rows, eos = rollout.Rows(model, n, 8, context), torch.tensor([-1], device=model.device)
+    rows = rollout.Rows(model, n, 8, context)
+    eos = torch.tensor([-1], device=model.device)
     rows.position += context - 1
     return torch.inference_mode()(
         lambda n, filled: rollout.sample_token(model, rows, eos, 8, 1.0, n, filled))
@@ -127,7 +126,7 @@ def timed(function, repeats=1, warm_up=0):
 
 
 def free_memory():
-    return torch.cuda.mem_get_info()[0] / 1e9
+    return torch.cuda.mem_get_info()[0] / 1e9 if CUDA else NEEDS_CUDA
 
 
 def memory(free=()):
@@ -135,21 +134,8 @@ def memory(free=()):
     if not CUDA:
         return {"memory": NEEDS_CUDA}
     return {"GB allocated": torch.cuda.max_memory_allocated() / 1e9,
-            "reserved": torch.cuda.max_memory_reserved() / 1e9, "free": min(*free, free_memory()),
+            "reserved": torch.cuda.max_memory_reserved() / 1e9, "free": min([*free, free_memory()]),
             "allocations tried again": torch.cuda.memory_stats()["num_alloc_retries"]}
-
-
-@contextlib.contextmanager
-def watch_captures():
-    """Yields a list of the free GB when the capture of each graph begins."""
-    free, capture_begin = [], torch.cuda.CUDAGraph.capture_begin
-
-    def watched(*arguments, **options):
-        free.append(free_memory())
-        return capture_begin(*arguments, **options)
-
-    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", watched):
-        yield free
 
 
 # ----------------------------------------------------------------------------------------------
@@ -193,7 +179,8 @@ def programs(s):
             yield f"bcr.py --device {name}", {"seconds": seconds}
             assert s.device in printed, f"--device {name} does not compute on {s.device}"
         yield "resume", {"seconds": resume(out, flags, 3)[0]}
-        steps = [json.loads(line)["step"] for line in open(out / "metrics.jsonl")]
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
         assert steps == [1, 2, 3], f"the steps after a resume are {steps}"
         command = ["evaluate.py", "--model", out / "model", "--n", 1, "--problems", 8, "--device"]
         yield "evaluate.py", {"seconds": run(*command, name, "--out", out / "evaluate")[0]}
@@ -211,7 +198,7 @@ def compare(ours, expected):
 
 def parity(s):
     """The shipped model samples on the GPU what it samples on the CPU, and training agrees."""
-    chat = load_chat(REPO / "data/tiny/model")
+    chat = load_chat(SHIPPED)
     problems = load_problems(REPO / "data/tiny/heldout.jsonl")[:s.problems]
     prompts = [encode_chat(chat, batch_prompt([problem])) for problem in problems]
     model = Transformer.from_pretrained(chat.path)
@@ -224,7 +211,7 @@ def parity(s):
         assert found["equal"] > 0.95, "the tokens are not those of the CPU"
         assert found["logprobs differ by"] < 1e-3, "the logprobs are not those of the CPU"
     model.to(torch.bfloat16)
-    yield "bfloat16, temperature 0", compare(sample(temperature=0.0), expected[0.0])
+    yield "bfloat16, temperature 0.0", compare(sample(temperature=0.0), expected[0.0])
     gaps = []
     for i, c in enumerate(sample()):
         row = bcr.Row(prompts[i // 2], c.tokens, c.logprobs, np.ones(len(c.tokens)))
@@ -267,19 +254,19 @@ def graphs(s):
     """Graphs and eager steps sample the same tokens, while rows end."""
     model, _, _ = random_model(SHAPE_15B, s)
     n, budget = s.rows[-1], 2 * s.ending
-    prompts, eos = random_tokens(model, n // 2, 20), random_eos(model, budget)
+    prompts = random_tokens(model, n // 2, 20)
+    eos = range(model.config.vocab_size // budget)
     sample = functools.partial(rollout.generate, model, prompts, 2, budget, eos_ids=eos)
     begin = time.perf_counter()
-    with watch_captures() as free:
+    with mock.patch.object(torch.cuda, "graph", wraps=torch.cuda.graph) as graph:
         ours = sample()
     middle = time.perf_counter()
     with mock.patch.object(rollout, "captured", lambda step: step):
         found = compare(ours, sample())
-    found |= {"seconds": middle - begin, "eager": time.perf_counter() - middle}
-    if CUDA:
-        found |= {"captures": len(free), "GB of each": (free[0] - free[-1]) / (len(free) - 1)}
-    yield f"{n} rows", found
+    found |= {"captures": graph.call_count, "seconds": middle - begin}
+    yield f"{n} rows", found | {"seconds without": time.perf_counter() - middle}
     assert found["equal"] == 1, "graphs change tokens"
+    assert found["captures"] or not CUDA, "no graph is captured"
 
 
 def decode_speed(model, n, context, s):
@@ -288,7 +275,8 @@ def decode_speed(model, n, context, s):
     if CUDA:
         step = rollout.captured(step)
     seconds = timed(lambda: step(n, context), repeats=20, warm_up=3)
-    c, layers = model.config, sum(p.numel() for p in model.model.layers.parameters())
+    c = model.config
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     cache = 2 * n * context * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     rate = 2 * (layers + c.vocab_size * c.hidden_size + cache) / seconds
     return {"tokens/s": n / seconds, "GB/s": rate / 1e9, "% of copy": 100 * rate / s.copy_rate}
@@ -310,7 +298,8 @@ def training_speed(model, master, sequences, checkpointing, s):
     rows = full_batch(model, prompt, sequences, s) * 4
     seconds = timed(
         lambda: bcr.accumulate_gradient(model, master, rows, 1000, settings), warm_up=1) / 4
-    c, layers = model.config, sum(p.numel() for p in model.model.layers.parameters())
+    c = model.config
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     predicted = sequences * len(rows[0].tokens)
     products = layers * (len(prompt) + predicted) + c.vocab_size * c.hidden_size * predicted
     seen = sequences * (len(prompt) + len(rows[0].tokens)) ** 2 / 2
@@ -330,9 +319,10 @@ def training(s):
 def complete_step(model, master, optimizer, prompts, eos, s):
     """Sampling, gradient, AdamW, bfloat16 weights. A full micro-batch beside the sampled
     completions brings training to its peak of memory."""
+    free = []
     begin = time.perf_counter()
-    with watch_captures() as free:
-        completions = rollout.generate(model, prompts, 8, s.budget, eos_ids=eos)
+    completions = rollout.generate(  # free memory is least while the graphs exist
+        model, prompts, 8, s.budget, eos_ids=eos, on_finished=lambda: free.append(free_memory()))
     middle = time.perf_counter()
     rows = full_batch(model, prompts[0], 8, s)
     for i, c in enumerate(completions):
@@ -352,7 +342,8 @@ def three_steps(s):
     """The paper's steps with the whole cache, then an evaluation beside AdamW's state."""
     for length in s.prompt_lengths:
         model, master, optimizer = random_model(SHAPE_15B, s)
-        prompts, eos = random_tokens(model, s.groups, length), random_eos(model, s.ending)
+        prompts = random_tokens(model, s.groups, length)
+        eos = range(model.config.vocab_size // s.ending)
         first = master[0].detach().clone()
         release()
         for step in (1, 2, 3):
@@ -369,23 +360,24 @@ def checkpoint(s):
     model, master, optimizer = random_model(SHAPE_15B, s)
 
     def tensors():
-        return [[weight.detach(), *optimizer.state[weight].values()] for weight in master]
+        return [tensor for weight in master
+                for tensor in (weight.detach(), *optimizer.state[weight].values())]
 
     for weight in master:
         weight.grad = torch.randn_like(weight)
     optimizer.step()
-    saved = [[tensor.clone() for tensor in group] for group in tensors()]
+    saved = [tensor.clone() for tensor in tensors()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         seconds = timed(lambda: distributed.save_checkpoint(out, 1, model, master, optimizer))
         size = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         yield "save", {"seconds": seconds, "GB": size, "GB of host memory at most": peak}
-        for tensor in sum(tensors(), []):
+        for tensor in tensors():
             tensor.zero_()
         seconds = timed(lambda: distributed.load_checkpoint(out, model, master, optimizer))
         yield "load", {"seconds": seconds}
-    for old, new in zip(sum(saved, []), sum(tensors(), []), strict=True):
+    for old, new in zip(saved, tensors(), strict=True):
         assert torch.equal(old, new), "what is loaded is not what was saved"
 
 
@@ -401,17 +393,17 @@ def no_memory(s):
 
 def run_without_memory(place, arguments):
     """bcr.py where no memory is left from the first softmax, or the first capture, on."""
-    eager = place == "eager"
-    owner, name = (torch, "log_softmax") if eager else (torch.cuda.CUDAGraph, "capture_begin")
-    function, hog, size = getattr(owner, name), [], 2**30 if CUDA else 2**60
+    owner, name = torch, "log_softmax"
+    if place == "capture":
+        owner, name = torch.cuda.CUDAGraph, "capture_begin"
+    function = getattr(owner, name)
+    device, hog = "cuda" if CUDA else "cpu", []
 
     def without_memory(*positional, **named):
-        nonlocal size
-        while size >= 512:
-            try:
-                hog.append(torch.empty(size, dtype=torch.uint8, device="cuda" if CUDA else "cpu"))
-            except torch.OutOfMemoryError:  # a CPU has another error, which ends bcr.py
-                size //= 2
+        for exponent in range(60, 8, -1):
+            with contextlib.suppress(torch.OutOfMemoryError):  # a CPU raises another error
+                while True:
+                    hog.append(torch.empty(2**exponent, dtype=torch.uint8, device=device))
         return function(*positional, **named)
 
     setattr(owner, name, without_memory)
@@ -423,9 +415,6 @@ def larger_model(s):
     yield "8 rows, context 2,048", decode_speed(model, 8, 2048, s)
     yield "B = 1, checkpointing", training_speed(model, master, 1, True, s)
 
-
-# ----------------------------------------------------------------------------------------------
-# The report
 
 PARTS = [device, programs, parity, kernels, graphs, decoding, training, three_steps, checkpoint,
          no_memory, larger_model]
@@ -440,7 +429,9 @@ def readable(value):
 
 def report(part, s):
     """Runs a part and prints its lines of the table. Returns them with the result."""
-    begin, cases, result = time.perf_counter(), {}, "holds" if part in MUST_HOLD else "measured"
+    begin = time.perf_counter()
+    cases = {}
+    result = "holds" if part in MUST_HOLD else "measured"
     try:
         for case, values in part(s):
             cases[case] = values
@@ -458,12 +449,13 @@ def main():
     parser.add_argument("--out", default="", help="JSON file to write")
     parser.add_argument("--rehearse", action="store_true", help="small shapes on a CPU")
     o = parser.parse_args()
+    s = REHEARSAL if o.rehearse else FULL
     if not CUDA and not o.rehearse:
         parser.error("PyTorch sees no GPU: --rehearse runs small shapes on the CPU")
     print("| part | case | measured |\n| --- | --- | --- |")
     results = []
     for part in PARTS:
-        results.append(report(part, REHEARSAL if o.rehearse else FULL))
+        results.append(report(part, s))
         release()
         if o.out:
             Path(o.out).write_text(json.dumps(results, indent=2) + "\n")
