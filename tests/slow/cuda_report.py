@@ -56,9 +56,8 @@ SHAPE_4B = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
     "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "max_position_embeddings": 40960, "tie_word_embeddings": True}
-# A random model samples one of the first V / ending ids with probability 1 / ending. With these
-# as EOS, the last of 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens, in a cache of
-# the full size.
+# A random model samples one of the first V / ending ids with probability 1 / ending. With these as
+# EOS, the last of 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens.
 FULL = SimpleNamespace(
     device="cuda:0", device_flags=("auto", "cuda", "cuda:0"), square=8192,
     flags=("--eval-n", "1,4", "--eval-problems", "32"), problems=32, rows=(32, 128, 256),
@@ -68,14 +67,14 @@ REHEARSAL = SimpleNamespace(
     device="cpu", device_flags=("cpu",), square=128,
     flags=("--n", "1", "--budget", "40", "--groups", "2", "--samples", "2", "--eval-n", "1",
            "--eval-problems", "2", "--eval-budget", "40", "--processes", "1"),
-    problems=3, rows=(2, 4), contexts=(16, 32), profiled=(16, 37), micro_tokens=256, groups=2,
+    problems=2, rows=(2, 4), contexts=(16, 32), profiled=(16, 37), micro_tokens=128, groups=2,
     prompt_lengths=(7, 15), budget=24, ending=8, eval_prompts=5, eval_budget=60)
 
 
 def random_model(shape, s):
     """A model with random weights in bfloat16, its float32 master weights, and AdamW."""
     if s is REHEARSAL:
-        shape = read_json(SHIPPED / "config.json")
+        shape = read_json(SHIPPED / "config.json") | {"tie_word_embeddings": False}
     with torch.device(s.device):
         model = Transformer(Config.from_hf(shape)).to(torch.bfloat16)
     master = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
@@ -138,8 +137,7 @@ def memory(free=()):
             "allocations tried again": torch.cuda.memory_stats()["num_alloc_retries"]}
 
 
-# ----------------------------------------------------------------------------------------------
-# The parts. Each yields (case, {name: value}), and raises if it does not hold.
+# The parts follow. Each yields (case, {name: value}), and raises if it does not hold.
 
 
 def device(s):
@@ -399,10 +397,8 @@ def no_memory(s):
 def run_without_memory(place, arguments):
     """bcr.py where no memory is left from the first softmax, or the first capture, on. A CPU
     raises its own error at the first exponent."""
-    owner, name = torch, "log_softmax"
-    if place == "capture":
-        owner, name = torch.cuda.CUDAGraph, "capture_begin"
-    function = getattr(owner, name)
+    places = {"eager": (torch, "log_softmax"), "capture": (torch.cuda.CUDAGraph, "capture_begin")}
+    function = getattr(*places[place])
     device = "cuda" if CUDA else "cpu"
     hog = []
 
@@ -413,7 +409,7 @@ def run_without_memory(place, arguments):
                     hog.append(torch.empty(2**exponent, dtype=torch.uint8, device=device))
         return function(*positional, **named)
 
-    setattr(owner, name, without_memory)
+    setattr(*places[place], without_memory)
     bcr.main(arguments)
 
 
@@ -428,12 +424,6 @@ PARTS = [device, programs, parity, kernels, graphs, decoding, training, three_st
 MUST_HOLD = [programs, parity, kernels, graphs, three_steps, checkpoint, no_memory]
 
 
-def readable(value):
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return value
-
-
 def report(part, s):
     """Runs a part and prints its lines of the table. Returns them with the result."""
     begin = time.perf_counter()
@@ -443,8 +433,11 @@ def report(part, s):
         result = "rehearsed"
     try:
         for case, values in part(s):
+            for name, value in values.items():
+                if isinstance(value, float):
+                    values[name] = round(value, 4) if value < 10 else round(value, 1)
             cases[case] = values
-            measured = ", ".join(f"{name} {readable(value)}" for name, value in values.items())
+            measured = ", ".join(f"{name} {value}" for name, value in values.items())
             print(f"| {part.__name__} | {case} | {measured} |", flush=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, the next part follows
         result = f"FAILS: {type(error).__name__}: {error}".replace("\n", " ")

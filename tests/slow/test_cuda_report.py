@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import cuda_report
-
 from conftest import REPO
 
 
