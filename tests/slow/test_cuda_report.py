@@ -10,9 +10,10 @@ from conftest import REPO
 
 def test_every_part_is_rehearsed(tmp_path):
     """A part of the report fails on a machine with a GPU because what it calls has changed."""
-    command = [sys.executable, "tests/slow/cuda_report.py", "--rehearse", "--out", tmp_path / "report.json"]
+    out = tmp_path / "report.json"
+    command = [sys.executable, "tests/slow/cuda_report.py", "--rehearse", "--out", out]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    parts = json.loads((tmp_path / "report.json").read_text())
+    parts = json.loads(out.read_text())
     assert [part["part"] for part in parts] == [part.__name__ for part in cuda_report.PARTS]
     assert {part["part"]: part["result"] for part in parts if part["result"] != "rehearsed"} == {}
     assert done.returncode == 0 and all(part["cases"] for part in parts)
