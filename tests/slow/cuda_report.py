@@ -164,11 +164,13 @@ def run(*command, status=0):
 
 
 def resume(out, flags, steps):
-    return run("bcr.py", *flags, "--out", out, "--steps", steps, "--resume")
+    """Goes on with a run, under torchrun with one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "--"]
+    return run(*torchrun, "bcr.py", *flags, "--out", out, "--steps", steps, "--resume")
 
 
 def programs(s):
-    """bcr.py with a resume, evaluate.py and torchrun, and every name of the device."""
+    """bcr.py with every name of the device, a resume by torchrun, and evaluate.py."""
     with tempfile.TemporaryDirectory() as folder:
         for name in s.device_flags:
             out = Path(folder, name.replace(":", "-"))
@@ -178,15 +180,12 @@ def programs(s):
             assert s.device in printed, f"--device {name} does not compute on {s.device}"
         if not CUDA:
             yield "bcr.py --device auto, cuda, cuda:0", {"seconds": NEEDS_CUDA}
-        yield "resume", {"seconds": resume(out, flags, 3)[0]}
+        yield "resume, torchrun", {"seconds": resume(out, flags, 3)[0]}
         lines = (out / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == [1, 2, 3], f"the steps after a resume are {steps}"
         command = ["evaluate.py", "--model", out / "model", "--n", 1, "--problems", 8, "--device"]
         yield "evaluate.py", {"seconds": run(*command, name, "--out", out / "evaluate")[0]}
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "--"]
-        command = [*torchrun, "bcr.py", *flags, "--out", Path(folder, "torchrun"), "--steps", 1]
-        yield "torchrun", {"seconds": run(*command)[0]}
 
 
 def compare(ours, expected):
