@@ -42,20 +42,15 @@ from data.chat import encode_chat, load_chat
 from data.files import read_json
 from data.problems import batch_prompt, load_problems
 from model import Config, Transformer
+from tests.bench.scale import CONFIGS
 
 CUDA = torch.cuda.is_available()
 NEEDS_CUDA = "needs CUDA"
 SHIPPED = REPO / "data/tiny/model"
 PEAK_FLOPS = 989e12  # dense bfloat16 products, from the data sheets of H100 SXM and H200
 
-SHAPE_15B = {
-    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
-    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "max_position_embeddings": 131072}
-SHAPE_4B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 40960, "tie_word_embeddings": True}
+SHAPE_15B = CONFIGS["hbx/JustRL-DeepSeek-1.5B"]
+SHAPE_4B = CONFIGS["Qwen/Qwen3-4B-Thinking-2507"]
 # A random model samples one of the first V / ending ids with probability 1 / ending. With these as
 # EOS, the last of 256 rows ends after about ending * (ln 256 + 0.6) = 920 tokens.
 FULL = SimpleNamespace(
@@ -95,11 +90,11 @@ def full_batch(model, prompt, sequences, s):
 def decode_step(model, n, context):
     """step(n, filled) computes a token of n rows with `context` tokens. No row is alive, so none
     moves: the step can be repeated."""
-    rows = rollout.Rows(model, n, 8, context)
+    slots = rollout.Slots(model, n, 8, context)
     eos = torch.tensor([-1], device=model.device)
-    rows.position += context - 1
+    slots.position += context - 1
     return torch.inference_mode()(
-        lambda n, filled: rollout.sample_token(model, rows, eos, 8, 1.0, n, filled))
+        lambda n, filled: rollout.sample_token(model, slots, eos, 8, 1.0, n, filled))
 
 
 def release():
@@ -259,7 +254,7 @@ def graphs(s):
     with mock.patch.object(torch.cuda, "graph", wraps=torch.cuda.graph) as graph:
         ours = sample()
     middle = time.perf_counter()
-    with mock.patch.object(rollout, "captured", lambda step: step):
+    with mock.patch.dict(rollout.WRAPPERS, cuda=lambda step: step):
         found = compare(ours, sample())
     found |= {"captures": graph.call_count or NEEDS_CUDA, "seconds": middle - begin}
     yield f"{n} rows", found | {"seconds without": time.perf_counter() - middle}
@@ -270,8 +265,7 @@ def graphs(s):
 def decode_speed(model, n, context, s):
     """A token of every row reads the layers and the head once, and the row's keys and values."""
     step = decode_step(model, n, context)
-    if CUDA:
-        step = rollout.captured(step)
+    step = rollout.WRAPPERS[model.device.type](step)
     seconds = timed(lambda: step(n, context), repeats=20, warm_up=3)
     c = model.config
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
@@ -319,8 +313,10 @@ def complete_step(model, master, optimizer, prompts, eos, s):
     completions brings training to its peak of memory."""
     free = []
     begin = time.perf_counter()
+    max_rows = distributed.rows_at_a_time(model, prompts, 8, s.budget, 256)
     completions = rollout.generate(  # free memory is least while the graphs exist
-        model, prompts, 8, s.budget, eos_ids=eos, on_finished=lambda: free.append(free_memory()))
+        model, prompts, 8, s.budget, eos_ids=eos, max_rows=max_rows,
+        on_finished=lambda: free.append(free_memory()))
     middle = time.perf_counter()
     rows = full_batch(model, prompts[0], 8, s)
     for i, c in enumerate(completions):
@@ -333,7 +329,8 @@ def complete_step(model, master, optimizer, prompts, eos, s):
     optimizer.step()
     bcr.copy_weights(master, model)
     optimizer.zero_grad()
-    return {"sampling": middle - begin, "training": time.perf_counter() - middle, **memory(free)}
+    return {"rows": max_rows, "sampling": middle - begin,
+            "training": time.perf_counter() - middle, **memory(free)}
 
 
 def three_steps(s):
@@ -350,7 +347,7 @@ def three_steps(s):
         assert not torch.equal(first, master[0]), "the weights do not move"
     prompts = random_tokens(model, s.eval_prompts, s.prompt_lengths[0])
     begin = time.perf_counter()
-    rollout.generate(model, prompts, 1, s.eval_budget, eos_ids=eos)
+    distributed.sample(model, prompts, 1, s.eval_budget, eos_ids=eos)
     seconds = time.perf_counter() - begin
     yield f"evaluation, budget {s.eval_budget:,}", {"seconds": seconds, **memory()}
 
