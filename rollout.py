@@ -1,13 +1,13 @@
 """
-Sampling G completions of each of P prompts, and the logprobs of completions for training. They stand
-side by side because they must agree: training uses exactly the distribution that was sampled from,
-without top-k or top-p.
+Sampling G completions of each of P prompts, and the logprobs of completions for training. They
+stand side by side because they must agree: training uses exactly the distribution that was sampled
+from, without top-k or top-p.
 
 (1) A completion depends on nothing but its place: each token is drawn with a number that is a
 function of (seed, step, prompt, sample, token). On a CPU in float32, with one thread, not even the
 last bit of a logprob depends on the rows next to it. (2) All rows share one cache; each row has its
-own position in it. (3) A prompt is computed once, and its keys and values are copied to its samples.
-(4) A row that ends leaves the batch at once, and the next completion takes its slot.
+own position in it. (3) A prompt is computed once, and its keys and values are copied to its
+samples. (4) A row that ends leaves the batch at once, and the next completion takes its slot.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,10 @@ class Prefix:
 
 
 class Cache:
-    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time, each
-    row at its own position. Attention sees the first `filled` tokens only.
+    """Keys and values of `rows` sequences of up to `length` tokens, written one token at a time,
+    each row at its own position. Attention sees the first `filled` tokens only.
 
-    Each layer has its own tensors: AdamW's state would break up two blocks of half the GPU's memory."""
+    Each layer has its own tensors. AdamW's state would break up two blocks of half the GPU."""
 
     def __init__(self, config, rows, length, dtype, device):
         shape = (rows, config.num_key_value_heads, length, config.head_dim)
@@ -87,7 +87,7 @@ class Cache:
         return self
 
     def attend(self, layer, q, k, v):
-        """Adds k and v (n, K, 1, D) of a new token; its q (n, H, 1, D) attends to all of its row."""
+        """Adds k and v (n, K, 1, D) of a new token. Its q (n, H, 1, D) attends to its row."""
         n, K, _, D = k.shape
         filled = self.mask.shape[-1]
         keys = self.k[layer]  # (R, K, T, D)
@@ -100,8 +100,8 @@ class Cache:
         if not q.is_cpu or q.dtype != torch.float32:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
             return y.reshape(n, -1, 1, D)
-        # On a CPU, sum over keys in blocks of 256: longer products round differently, and what a row
-        # computes must not depend on `filled`, the length of the longest row next to it.
+        # On a CPU, sum over keys in blocks of 256. Longer products round differently, and what a
+        # row computes must not depend on `filled`, the length of the longest row next to it.
         scores = (q * D**-0.5) @ k.mT + self.mask  # (n, K, H/K, T)
         weights = torch.softmax(scores, dim=-1)
         blocks = zip(weights.split(256, dim=3), v.split(256, dim=2))
@@ -110,9 +110,9 @@ class Cache:
 
 
 class SharedPrompt:
-    """Attention of B sequences that begin with the same S tokens. The model's input is (1, S + B T):
-    the S tokens once, then the T other tokens of each sequence. Attention sees B complete sequences;
-    everything else is computed once for the S tokens."""
+    """Attention of B sequences that begin with the same S tokens. The model's input is
+    (1, S + B T): the S tokens once, then the T other tokens of each sequence. Attention sees B
+    complete sequences; everything else is computed once for the S tokens."""
 
     def __init__(self, prompt_length, sequences):
         self.prompt_length = prompt_length  # S
@@ -156,8 +156,8 @@ def row_multiple(device):
 
 
 def row_bytes(config, length, budget, dtype):
-    """Bytes on a GPU for each row: keys and values, what `Slots` holds, and one token's tensors over
-    the vocabulary, held twice (by the eager step and in the pool of the graphs)."""
+    """Bytes on a GPU for each row: keys and values, what `Slots` holds, and one token's tensors
+    over the vocabulary, held twice (by the eager step and in the pool of the graphs)."""
     size = dtype.itemsize
     token = 2 * size * config.num_key_value_heads * config.head_dim  # a key and a value
     cache = config.num_hidden_layers * token * length
@@ -290,7 +290,7 @@ def sample_token(model, slots, eos, budget, temperature, n, filled):
 
 def cuda_graphs(step):
     """step(n, filled) as CUDA graphs, one for each pair of sizes. The first call of a pair runs
-    eagerly, the second is recorded, and later calls replay its hundreds of kernels in one launch."""
+    eagerly, the second is recorded, and later calls launch its hundreds of kernels at once."""
     graphs = {}
 
     def run(*sizes):
@@ -388,11 +388,11 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
 
 
 def token_logprobs(model, rows, temperature, max_logits=2**26):
-    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is the
-    sum of their lengths. The prompt is computed once for all of them.
+    """Log-probabilities of the completions of one prompt, row after row: float32 (M,), where M is
+    the sum of their lengths. The prompt is computed once for all of them.
 
-    Logits are computed in chunks of at most `max_logits` and again in the backward pass: for a large
-    vocabulary the logits of all tokens would not fit in memory."""
+    Logits are computed in chunks of at most `max_logits` and again in the backward pass: for a
+    large vocabulary the logits of all tokens would not fit in memory."""
     device = model.device
     *prompt, last = rows[0].prompt  # each token is predicted at the one before it
     inputs = [torch.tensor([last, *row.tokens[:-1]]) for row in rows]
