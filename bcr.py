@@ -350,13 +350,6 @@ def copy_weights(master, model):
             parameter.copy_(weight)
 
 
-def groups_to_come(s, problems):
-    """Every (group, budget) of the run, as `train` draws them."""
-    for step in range(1, s.steps + 1):
-        _, budget, indices = groups_of_step(s, problems, step)
-        yield from ((group, budget) for group in indices)
-
-
 def read_metrics(path, steps):
     """The metrics of steps 1 to `steps`. Later lines, perhaps partial, are of steps that run again."""
     try:
@@ -399,8 +392,9 @@ def run(s):
         samples=s.eval_samples, temperature=s.eval_temperature, skip_long=s.skip_long, seed=s.seed,
         rows=s.rows)
     benchmarks = evaluate.fit_benchmarks(model, chat, benchmarks, e)
-    problems = evaluate.leave_out_long(
-        model, chat, problems, lambda of: groups_to_come(s, of), s.skip_long)
+    problems = evaluate.leave_out_long(model, chat, problems, s)
+    for data in (problems, *benchmarks.values()) if not s.reward else ():
+        evaluate.warn_of_golds(data)
     for step in range(1, len(s.n) + 1):
         _, budget, indices = groups_of_step(s, problems, step)
         check_budget(chat, [problems[i] for i in indices[0]], budget)

@@ -33,11 +33,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm import tqdm
 
 from data.files import UserError, find_model, read_json, write_json
-from model import Transformer, join_parts, read_weights, weight_files
+from model import Transformer, load_weights, weight_files
 from rollout import Completion, free_memory, generate, rows_that_fit
 
 # ----------------------------------------------------------------------------------------------
@@ -336,14 +336,13 @@ def load_sharded(path, dtype, device):
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     register_fsdp_forward_method(model, "hidden")  # what `head` needs stays gathered until backward
-    shares, state = model.state_dict(), {}
-    for name, tensor in join_parts(read_weights(path, model, device)):
-        # Each process has read the whole tensor and keeps its part: nothing is sent.
-        placement = shares[name].device_mesh, shares[name].placements
-        state[name] = distribute_tensor(tensor.float(), *placement, src_data_rank=None)
-    model.load_state_dict(state, strict=True, assign=True)
+
+    def share(tensor):  # each process has read the whole tensor and keeps its part: nothing is sent
+        return distribute_tensor(tensor.to(device, torch.float32), mesh, [Shard(0)], src_data_rank=None)
+
+    load_weights(model, path, share)
     model.compute_dtype = dtype
-    return model.requires_grad_(True)
+    return model
 
 
 def is_sharded(model):

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 import distributed
-from data.chat import decode, encode_chat, keep_fitting, load_chat
+from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model, write_json, write_lines, write_text
-from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems
+from data.problems import batch_prompt, doubtful_golds, evaluation_groups, load_benchmarks, load_problems
 from distributed import say
 from model import Transformer
 from reward import extract_answers, score
@@ -424,8 +424,9 @@ def solve(s):
         raise UserError("--solve takes one value of --n and of --budget")
     problems, (extract, score) = load_problems(s.solve, answers=False), load_reward(s.reward)
     model, chat, about = load_model(s)
-    problems = leave_out_long(
-        model, chat, problems, lambda of: in_order(len(of), s.n[0], s.budget[0]), s.skip_long)
+    problems = leave_out_long(model, chat, problems, s)
+    if not s.reward:
+        warn_of_golds(problems)
     out, started = distributed.open_out(s, "out/solve", [s.solve, s.reward]), time.time()
     say(f"{about}; {len(problems)} problems to solve; writing to {out}")
     entries = [{"id": p["id"], "answer": None, "n": 0, "rounds": 0, "tokens": 0.0, "completion": ""}
@@ -589,6 +590,8 @@ def run(s):
     benchmarks, (_, score) = load_benchmarks(s.data, s.problems), load_reward(s.reward)
     model, chat, about = load_model(s)
     benchmarks = fit_benchmarks(model, chat, benchmarks, s)
+    for problems in benchmarks.values() if not s.reward else ():
+        warn_of_golds(problems)
     out = distributed.open_out(s, "out/evaluation", [*s.data.split(","), s.reward])
     say(f"{about}; {sum(map(len, benchmarks.values()))} problems; writing to {out}")
     results, records = evaluate_all(model, chat, benchmarks, score, s, out, 0, "evaluation")
@@ -609,22 +612,24 @@ def fit_benchmarks(model, chat, benchmarks, s):
         raise UserError(f"the accuracy within {s.within} tokens cannot be read off completions of at most "
                         f"{min(s.budget)} tokens: raise the budget of the evaluation")
 
-    def groups_of(problems):
-        for n, budget in zip(s.n, s.budget):
-            for group in evaluation_groups(problems, n, s.seed)[0]:
-                yield group, budget
-
-    return {name: leave_out_long(model, chat, problems, groups_of, s.skip_long)
+    return {name: leave_out_long(model, chat, problems, s)
             for name, problems in benchmarks.items()}
 
 
-def leave_out_long(model, chat, problems, groups_of, skip_long):
-    """`data.chat.keep_fitting`, with a line about the problems that are left out."""
-    kept = keep_fitting(model, chat, problems, groups_of, skip_long)
+def leave_out_long(model, chat, problems, s):
+    """`data.chat.fitting_problems`, with a line about the problems that are left out."""
+    sizes = list(zip(s.n, s.budget))
+    positions = model.config.max_position_embeddings
+    kept = fitting_problems(chat, problems, sizes, positions, s.skip_long)
     if len(kept) < len(problems):
         say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's positions "
             "and are left out")
     return kept
+
+
+def warn_of_golds(problems):
+    if warning := doubtful_golds(problems):
+        say(warning)
 
 
 def main(argv=None):

@@ -190,7 +190,8 @@ def prefill(model, prompt):
     Prompts are computed one at a time: padded next to others, they would round differently."""
     prefix = Prefix()
     if len(prompt) > 1:
-        model.hidden(torch.tensor([prompt[:-1]], device=model.device), None, prefix)
+        tokens = torch.tensor([prompt[:-1]], device=model.device)
+        model.hidden(tokens, attention=prefix)
     return prefix
 
 
