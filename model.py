@@ -165,7 +165,6 @@ class Transformer(nn.Module):
         """Loads a Hugging Face directory. Raises UserError as `Config.from_hf`, `load_weights`."""
         def convert(tensor):
             return tensor.to(device, dtype, copy=True)  # not a view of the mapped file
-
         return load_weights(cls.empty(path), path, convert)
 
     @classmethod
