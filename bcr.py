@@ -7,10 +7,10 @@ this file asks it to.
     python bcr.py --n 4                     the shipped model on the shipped problems
     python bcr.py --n 1 --budget 512        plain GRPO: one problem, a budget that truncates nothing
     python bcr.py --resume out/run-1        continues a run that was stopped
-    torchrun --nproc-per-node 8 -- bcr.py   the same on eight GPUs (CPU cores need no torchrun)
+    torchrun --nproc-per-node 8 -- bcr.py   on eight GPUs (CPU cores need no torchrun)
 
-Read from the top to the end of `train`; what follows it are reports and the command line. The
-algorithm is GRPO (arXiv 2402.03300) without these parts:
+Read to the end of `train`; what follows are reports and the command line. The algorithm is GRPO
+(arXiv 2402.03300) without these parts:
 
 - No KL term and no reference model: rewards are verifiable.
 - No division by the response length: a mean over each sequence is itself a length incentive and
@@ -26,7 +26,6 @@ order (prompt, sample), T tokens of one completion.
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +45,9 @@ from rollout import Completion, token_logprobs
 TINY = Path(__file__).resolve().parent / "data/tiny"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    n: tuple = flag((4,), "problems in a prompt (N); of several, as in 2,4,8, one per step", group="the task")
+    n: tuple = flag((4,), "problems in a prompt (N); 2,4,8 take turns, a step each", group="task")
     budget: tuple = flag((160,), "tokens for a whole completion, all N problems; one, or one per N")
     model: str = flag(str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub")
     data: str = flag(str(TINY / "train.jsonl"), "training problems (JSONL)")
@@ -65,13 +64,13 @@ class Settings:
     length_penalty: float = flag(0.0, "baseline: this times tokens / budget less reward")
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 does not clip")
     weight_decay: float = flag(0.0, "AdamW's weight decay of matrices")
-    eval_data: str = flag(str(TINY / "heldout.jsonl"), "problems; files with commas", group="evaluation")
+    eval_data: str = flag(str(TINY / "heldout.jsonl"), "files of problems", group="evaluation")
     eval_n: tuple = flag((1, 2, 4, 8), "values of N to evaluate at, before and after training")
     eval_problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
     eval_samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
     eval_budget: tuple = flag((1536,), "tokens for a whole completion; one number or one per N")
     eval_temperature: float = flag(1.0, "sampling temperature of the evaluation")
-    out: str = flag("", "directory of the run (default: the next free out/run-1, ...)", group="the run")
+    out: str = flag("", "directory of the run (default: the next free out/run-1, ...)", group="run")
     resume: str = flag("", "directory of a run to continue, with the settings it began with")
     accept_changes: bool = flag(False, "resume although data, reward or model have changed")
     save_every: int = flag(10, "steps between checkpoints", least=1)
@@ -79,7 +78,7 @@ class Settings:
     seed: int = flag(0, "seed of the order of the data and of every sampled token")
     date: str = flag("", "date for chat templates that write one (default: that of the start)")
     dtype: str = flag("auto", "bfloat16 on cuda, else float32", 0, ("auto", "float32", "bfloat16"))
-    device: str = flag("auto", "cpu, cuda, cuda:1, or auto: cuda if available", group="the machine")
+    device: str = flag("auto", "cpu, cuda, cuda:1, or auto: cuda if available", group="machine")
     rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)
     micro_tokens: int = flag(4096, "tokens in a training pass, padded; lower it likewise", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
@@ -88,10 +87,10 @@ class Settings:
 
 
 # ----------------------------------------------------------------------------------------------
-# Advantages
+# Advantages, loss and gradient
 
 
-@dataclass
+@dataclasses.dataclass
 class Rollout:
     """What one step has sampled, and its rewards."""
 
@@ -106,8 +105,7 @@ class Rollout:
 def group_advantages(rewards, normalize_std=False):
     """A_g = r_g - mean over the group of r. rewards: (P, G) -> (P, G).
 
-    Source: GRPO (arXiv 2402.03300, section 4.1.2), without the division by the standard deviation
-    as in Dr. GRPO (arXiv 2503.20783). Rewards [1, 0.5, 0.5, 0] give [0.5, 0, 0, -0.5]."""
+    Source: GRPO (arXiv 2402.03300, section 4.1.2); without the standard deviation: Dr. GRPO."""
     advantages = rewards - rewards.mean(axis=1, keepdims=True)
     advantages[equal_rewards(rewards)] = 0.0
     if normalize_std:
@@ -128,11 +126,7 @@ def token_advantages(rollout, chat, s):
     return [np.full(len(c.tokens), a) for c, a in zip(rollout.completions, advantages.flat)]
 
 
-# ----------------------------------------------------------------------------------------------
-# Loss and gradient
-
-
-@dataclass
+@dataclasses.dataclass
 class Row:
     """One completion to learn from."""
 
@@ -153,12 +147,11 @@ def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_hig
 
 
 def accumulate_gradient(model, master, rows, constant, s):
-    """Sets master[i].grad to the gradient of the loss of `rows`, computed by all processes together.
-    Returns the loss, and the sum and maximum over tokens of |logprob here - logprob in the sampler|.
+    """Sets master[i].grad to the gradient of the loss of `rows`, from all processes. Returns the
+    loss, and the sum and maximum over tokens of the gap |logprob here - logprob in the sampler|.
 
     The loss of each micro-batch is a sum divided by the same constant, so their gradients add up to
-    the gradient of the whole. On a CPU they are added in float64, where float32 numbers of similar
-    size add up without rounding: it does not matter which process computes which batch."""
+    that of the whole: on a CPU in float64, without rounding, whatever process has which batch."""
     dtype = torch.float64 if model.device.type == "cpu" else torch.float32
     sums = [torch.zeros_like(weight, dtype=dtype) for weight in master]
     stats = []
@@ -183,7 +176,8 @@ def accumulate_gradient(model, master, rows, constant, s):
     for weight, total in zip(master, sums):
         weight.grad = total.to(weight.dtype)
     stats = np.array(sum(distributed.all_gather(stats), []))  # (micro-batches of all processes, 3)
-    return {"loss": math.fsum(stats[:, 0]), "gap": math.fsum(stats[:, 1]), "gap_max": stats[:, 2].max()}
+    loss, gap, _ = map(math.fsum, stats.T)
+    return {"loss": loss, "gap": gap, "gap_max": stats[:, 2].max()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -192,26 +186,24 @@ def accumulate_gradient(model, master, rows, constant, s):
 
 def train(s):
     """Evaluates, trains, evaluates again, and writes everything into the directory of the run."""
-    # Setup. What can be wrong with flags, files and model is found before anything is written.
+    # Setup. What can be wrong is found before anything is written.
     started = time.time()
     problems = load_problems(s.data)
     benchmarks = load_benchmarks(s.eval_data, s.eval_problems)
     _, score = evaluate.load_reward(s.reward)
     model, chat, about = evaluate.load_model(s, s.checkpointing, s.shard)
-    e = evaluate.EvaluationSettings(
-        n=s.eval_n, budget=s.eval_budget, within=max(s.budget), samples=s.eval_samples,
-        temperature=s.eval_temperature, skip_long=s.skip_long, seed=s.seed, rows=s.rows)
+    e = evaluation_settings(s)
     benchmarks = evaluate.fit_benchmarks(model, chat, benchmarks, e)
     problems = fit_problems(model, chat, problems, benchmarks, s)
     master = master_weights(model)
     optimizer = make_optimizer(master, s)
     out = distributed.on_first(open_out, s, "out/run")
-    held_out = sum(map(len, benchmarks.values()))
-    say(f"{about}; {len(problems)} training problems, {held_out} held out; writing to {out}")
+    say(f"{about}; {len(problems)} training problems; writing to {out}")
     before = evaluate.evaluate_all(model, chat, benchmarks, score, e, out, 0, "before training")
     done, metrics = load_checkpoint(out, model, master, optimizer)
     copy_weights(master, model)
-    say(f"starting after step {done}")
+    if done:
+        say(f"resuming from step {done}")
 
     bar = distributed.progress_bar(s.steps, "training", done)
     for step in range(done + 1, s.steps + 1):
@@ -280,11 +272,24 @@ def train(s):
         if distributed.rank() == 0:
             whole.save_pretrained(out / "model")
             copy_tokenizer(chat.path, out / "model")
-            write_results(s, e, out, before, after, metrics, time.time() - started)
+    seconds = time.time() - started
+    distributed.on_first(write_results, s, out, before, after, metrics, seconds)
 
 
 # ----------------------------------------------------------------------------------------------
 # Setup and reports
+
+
+def evaluation_settings(s):
+    return evaluate.EvaluationSettings(
+        n=s.eval_n,
+        budget=s.eval_budget,
+        within=max(s.budget),
+        samples=s.eval_samples,
+        temperature=s.eval_temperature,
+        skip_long=s.skip_long,
+        seed=s.seed,
+        rows=s.rows)
 
 
 def fit_problems(model, chat, problems, benchmarks, s):
@@ -298,7 +303,8 @@ def fit_problems(model, chat, problems, benchmarks, s):
     for name, held_out in benchmarks.items():
         shared = sum(problem["problem"] in known for problem in held_out)
         if shared:
-            say(f"warning: {shared} problems of {name} are also in --data: its accuracy is inflated")
+            say(f"warning: {shared} problems of {name} are also in --data, which inflates its "
+                "accuracy")
     return problems
 
 
@@ -317,10 +323,12 @@ def copy_weights(master, model):
 
 def make_optimizer(master, s):
     """AdamW. As usual, weights of one dimension (norms, biases) do not decay."""
-    matrices = {"params": [weight for weight in master if weight.dim() > 1]}
-    vectors = {"params": [weight for weight in master if weight.dim() == 1], "weight_decay": 0.0}
+    vectors = [weight for weight in master if weight.dim() == 1]
+    matrices = [weight for weight in master if weight.dim() > 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [matrices, vectors], lr=s.lr, weight_decay=s.weight_decay, foreach=False)  # less memory
+        groups, lr=s.lr, weight_decay=s.weight_decay,
+        foreach=False)  # less memory
 
 
 def measure(rollout, rows, stats, grad_norm):
@@ -329,64 +337,85 @@ def measure(rollout, rows, stats, grad_norm):
     tokens = sum(len(c.tokens) for c in rollout.completions)
     # The mean of -logprob over sampled tokens is an unbiased estimate of the entropy, in nats.
     entropy = -sum(c.logprobs.double().sum().item() for c in rollout.completions) / tokens
+    size = rollout.correct.size  # P * G * N
     metrics = {
         "reward": rewards.mean(),
         "accuracy": rollout.correct.mean(),
         "accuracy_by_position": rollout.correct.mean(axis=(0, 1)).tolist(),
-        "tokens_per_problem": tokens / rollout.correct.size,
+        "tokens_per_problem": tokens / size,
         "truncated": np.mean([c.truncated for c in rollout.completions]),
         "zero_variance": equal_rewards(rewards).mean(),
-        "waits_per_problem": sum(map(evaluate.count_waits, rollout.texts)) / rollout.correct.size,
+        "waits_per_problem": sum(map(evaluate.count_waits, rollout.texts)) / size,
         "entropy": entropy,
         "loss": stats["loss"],
         "grad_norm": grad_norm,
         "skipped": not math.isfinite(grad_norm) or not math.isfinite(entropy),
         "logprob_gap": stats["gap"] / max(1, sum(len(row.tokens) for row in rows)),
         "logprob_gap_max": stats["gap_max"]}
-    return {key: value if np.all(np.isfinite(value)) else None for key, value in metrics.items()}
+    for key, value in metrics.items():
+        if not np.all(np.isfinite(value)):
+            metrics[key] = None
+    return metrics
 
 
 def report_step(s, metrics, out):
     """Writes metrics.jsonl and prints the last step, with a warning when a problem begins. Raises
     UserError after three steps that were not finite."""
-    if distributed.rank() == 0:
-        write_lines(out / "metrics.jsonl", metrics)
     m = metrics[-1]
     seconds = m["sampling_seconds"] + m["training_seconds"]
-    say(f"step {m['step']:>{len(str(s.steps))}}/{s.steps}  N {m['n']}  reward {m['reward']:.3f}"
-        f"  tokens/problem {m['tokens_per_problem']:5.1f}  waits {m['waits_per_problem']:.2f}"
-        f"  truncated {m['truncated']:4.0%}  equal groups {m['zero_variance']:4.0%}  {seconds:.1f} s")
+    say(f"step {m['step']:>{len(str(s.steps))}}/{s.steps}  N {m['n']}"
+        f"  reward {m['reward']:.3f}"
+        f"  tokens/problem {m['tokens_per_problem']:5.1f}"
+        f"  waits {m['waits_per_problem']:.2f}"
+        f"  truncated {m['truncated']:4.0%}"
+        f"  equal groups {m['zero_variance']:4.0%}"
+        f"  {seconds:.1f} s")
+    if distributed.rank() == 0:
+        write_lines(out / "metrics.jsonl", metrics)
     before = training_warnings(metrics[:-1])
     for name, warning in training_warnings(metrics).items():
         if name not in before:
             say(f"warning: {warning}")
     if len(metrics) >= 3 and all(m["skipped"] for m in metrics[-3:]):
-        raise UserError(f"steps {m['step'] - 2} to {m['step']} had a loss or gradient that is not "
-                        "finite and were skipped: start again with a lower --lr, or check the "
-                        "model's weights")
+        raise UserError(
+            f"steps {m['step'] - 2} to {m['step']} had a loss or gradient that is not finite and "
+            "were skipped: start again with a lower --lr, or check the model's weights")
 
 
-def write_results(s, e, out, before, after, metrics, seconds):
-    """results.json and results.png, and the table on the screen."""
+def write_results(s, out, before, after, metrics, seconds):
+    """results.json and results.png, and the table on the screen. before, after: ({name: {n:
+    results}}, {name: {n: records}})."""
     stages = {"before": before[0], "after": after[0]}
-    changes = {name: {n: evaluate.paired_change(found, after[1][name][n]) for n, found in by_n.items()} for name, by_n in before[1].items()}
-    plot(out / "results.png", stages, e.within, metrics)
-    write_json(out / "results.json", {
-        "settings": dataclasses.asdict(s), **stages, "change": changes, "seconds": seconds})
-    say("\n" + table(stages, changes, e.within))
+    changes = {}
+    for name, by_n in before[1].items():
+        changes[name] = {}
+        for n, records in by_n.items():
+            changes[name][n] = evaluate.paired_change(records, after[1][name][n])
+    content = {"settings": dataclasses.asdict(s), **stages, "change": changes, "seconds": seconds}
+    write_json(out / "results.json", content)
+    plot(out / "results.png", stages, max(s.budget), metrics)
+    say("\n" + table(stages, changes, max(s.budget)))
     say(f"\n{seconds:.0f} s in all. In {out}: results.json, metrics.jsonl, samples/, evaluation/, "
-        "model/ (a Hugging Face directory)")
+        "results.png, model/ (a Hugging Face directory)")
 
 
 def main(argv=None):
     with distributed.readable_errors("bcr.py"):
         s = parse_flags(Settings, __doc__.split("\n\n")[0], argv)
-        if distributed.was_restarted() and s.out and (Path(s.out) / "settings.json").is_file():
-            s = dataclasses.replace(read_settings(Settings, s.out), resume=s.out)
-        elif distributed.world_size() > 1 and not (s.out or s.resume):
-            raise UserError("several processes need --out, so that a restart by torchrun finds the run")
-        s = one_for_each(one_for_each(s, "budget", "n"), "eval_budget", "eval_n")
+        s = one_for_each(s, "budget", "n")
+        s = one_for_each(s, "eval_budget", "eval_n")
+        if distributed.world_size() > 1 and not (s.out or s.resume):
+            raise UserError("several processes need --out: a restart by torchrun must find the run")
+        if distributed.was_restarted() and not s.resume:
+            s = resumed_settings(s)
         distributed.launch("bcr.py", train, s, most=s.groups)
+
+
+def resumed_settings(s):
+    """After torchrun has restarted the processes, a run goes on from its last checkpoint."""
+    if not (Path(s.out) / "settings.json").exists():
+        return s
+    return dataclasses.replace(read_settings(Settings, s.out), resume=s.out)
 
 
 if __name__ == "__main__":

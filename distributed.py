@@ -47,7 +47,7 @@ def world_size():
 
 
 def find_device(name):
-    """The device that the flag --device means, "cpu" or "cuda:i". Raises UserError if it is missing."""
+    """The device that the flag --device means: cpu or cuda:i. Raises UserError if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" or name != "cpu" and "LOCAL_RANK" in os.environ:
@@ -104,7 +104,7 @@ def launch(program, function, s, most):
 
 
 def run_as(number, function, s, count, store, errors):
-    """The work of one process. Its parent prints the sentence about an error that a user can fix."""
+    """The work of one process. Its parent prints the sentence about an error a user can fix."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count)}

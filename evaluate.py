@@ -40,7 +40,7 @@ TINY = Path(__file__).resolve().parent / "data/tiny"
 @dataclass(frozen=True)
 class EvaluationSettings:
     model: str = flag(
-        str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub", group="the task")
+        str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub", group="task")
     data: str = flag(str(TINY / "heldout.jsonl"), "JSONL files of problems, separated by commas")
     solve: str = flag("", "answer the problems of this JSONL file, with one --n and one --budget")
     n: tuple = flag((1, 2, 4, 8), "values of N, the number of problems in a prompt")
@@ -52,7 +52,7 @@ class EvaluationSettings:
     target_accuracy: float = flag(0.0, "name the N that reaches this with the fewest tokens")
     reward: str = flag("", "Python file with score(completion, golds) -> N numbers from 0 to 1")
     out: str = flag(
-        "", "output directory (default: the next free out/evaluation-1, ...)", group="the run")
+        "", "output directory (default: the next free out/evaluation-1, ...)", group="run")
     resume: str = flag("", "directory of an evaluation to continue; what is finished stays")
     accept_changes: bool = flag(False, "resume although data, reward or model have changed")
     skip_long: bool = flag(False, "leave out problems that do not fit the model's positions")
@@ -61,7 +61,7 @@ class EvaluationSettings:
     dtype: str = flag(
         "auto", "bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     device: str = flag(
-        "auto", "cpu, cuda, cuda:1, or auto: cuda if available", group="the machine")
+        "auto", "cpu, cuda, cuda:1, or auto: cuda if available", group="machine")
     rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)
     processes: int = flag(0, "processes on a CPU; 0: one per core for a small model, at most 8")
 
@@ -179,7 +179,7 @@ def summarize(records, n, s):
 
 
 def why_nothing_is_right(records, problems):
-    """One sentence for an accuracy near 0: the format is not followed, or golds are of another kind."""
+    """A sentence for an accuracy near 0: another form of answers, or none in the format."""
     golds = {problem["id"]: problem["answer"] for problem in problems}
     for r in records:
         answers = reward.extract_answers(r["completion"], len(r["problems"]))
@@ -188,7 +188,7 @@ def why_nothing_is_right(records, problems):
                 return (f"nearly nothing is right. The first answer is {answer!r}, and its gold is "
                         f"{golds[i]!r}: compare how they are written")
     return ("nearly nothing is right, and no completion has an answer where the prompt asks for it "
-            "(Answer i: \\boxed{...}): the model does not follow the format, or the budget is short")
+            "(Answer i: \\boxed{...}): the format is not followed, or the budget is too small")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def report_answers(s, out, entries, seconds):
         write_lines(out / "answers.jsonl", entries)
         write_json(out / "results.json", summary)
     for key, value in summary.items():
-        say(f"{key.replace('_', ' ')}: {'no answers in the file' if value is None else f'{value:.5g}'}")
+        say(f"{key.replace('_', ' ')}: " + ("unknown" if value is None else f"{value:.5g}"))
     say(f"\nIn {out}: answers.jsonl, results.json")
 
 
@@ -336,33 +336,34 @@ def load_reward(path):
     def score(completion, golds):
         marks = np.array(module["score"](completion, list(golds)), dtype=float)
         if marks.shape != (len(golds),) or not ((0 <= marks) & (marks <= 1)).all():
-            raise UserError(f"score in --reward {path} should return {len(golds)} numbers from 0 to "
-                            f"1, one for each problem, not {marks.tolist()}")
+            raise UserError(f"score in --reward {path} should return {len(golds)} numbers from 0 "
+                            f"to 1, one for each problem, not {marks.tolist()}")
         return marks
 
     return module.get("extract_answers", reward.extract_answers), score
 
 
 def leave_out_long(model, chat, problems, s):
-    """The problems that fit the model's positions beside any others, in prompts of s.n problems with
-    completions of s.budget tokens: each has its share of what the empty prompt and the budget leave.
-    Raises UserError for one that does not fit, or says how many are left out with s.skip_long."""
+    """The problems that fit the model's positions, in any prompt of s.n problems: each has its
+    share of what the empty prompt and the budget leave. Raises UserError for one that does not fit,
+    or says how many are left out with s.skip_long."""
     limit = model.config.max_position_embeddings
-    share = math.inf
+    share = limit
     for n, budget in zip(s.n, s.budget):
         empty = encode_chat(chat, batch_prompt([{"problem": ""}] * n))
         share = min(share, (limit - budget - len(empty)) // n)
-    lengths = [len(chat.tokenizer.encode(p["problem"]).ids) for p in problems]
-    kept = [p for p, length in zip(problems, lengths) if length <= share]
+    lengths = [len(chat.tokenizer.encode(problem["problem"]).ids) for problem in problems]
+    kept = [problem for problem, length in zip(problems, lengths) if length <= share]
+    if len(kept) == len(problems):
+        return problems
     longest = int(np.argmax(lengths))
-    if not s.skip_long and lengths[longest] > share or not kept:
+    if not s.skip_long or not kept:
         raise UserError(
-            f"{problems[longest]['where']}: a problem of {lengths[longest]} tokens does not fit the {limit} "
-            f"positions of this model, of which N = {max(s.n)} and a budget of {max(s.budget)} leave "
-            f"{share} for each problem: lower the budget or N, or add --skip-long")
-    if len(kept) < len(problems):
-        say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's positions "
-            "and are left out")
+            f"{problems[longest]['where']}: a problem of {lengths[longest]} tokens does not fit the "
+            f"{limit} positions of this model. Beside N = {max(s.n)} and a budget of "
+            f"{max(s.budget)} a problem can have {share}: lower them, or add --skip-long")
+    say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's "
+        "positions and are left out")
     return kept
 
 

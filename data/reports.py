@@ -44,10 +44,12 @@ def change_text(change, key):
 
 def block(title, columns):
     """Columns of text side by side, with a title above them: a list of lines of equal length."""
-    widths = [max(map(len, column)) for column in columns]
-    lines = [" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in zip(*columns)]
-    width = max(len(title), len(lines[0]))
-    return [title.center(width), *(line.rjust(width) for line in lines)]
+    lines = [""] * len(columns[0])
+    for column in columns:
+        width = max(map(len, column))
+        lines = [f"{line} {cell.rjust(width)}" for line, cell in zip(lines, column)]
+    width = max(len(title), len(lines[0]) - 1)
+    return [title.center(width), *(line[1:].rjust(width) for line in lines)]
 
 
 def dial(name, by_n, target):
@@ -81,13 +83,15 @@ def plot(path, stages, within, metrics=()):
         for (stage, results), colour in zip(stages.items(), ("tab:gray", "tab:blue")):
             ns = [int(n) for n in results[name]]
             found = list(results[name].values())
-            row[0].plot(ns, [r["tokens_per_problem"] for r in found], "o-", color=colour, label=stage)
-            row[1].plot(ns, [r["accuracy"] for r in found], "o-", color=colour, label=stage)
-            row[1].fill_between(ns, [r["accuracy_ci95"][0] for r in found],
-                                [r["accuracy_ci95"][1] for r in found], color=colour, alpha=0.2)
+            tokens = [r["tokens_per_problem"] for r in found]
+            accuracy = [r["accuracy"] for r in found]
+            low, high = np.transpose([r["accuracy_ci95"] for r in found])
+            row[0].plot(ns, tokens, "o-", color=colour, label=stage)
+            row[1].plot(ns, accuracy, "o-", color=colour, label=stage)
+            row[1].fill_between(ns, low, high, color=colour, alpha=0.2)
             if within:
-                row[1].plot(ns, [r["accuracy_within"] for r in found], "o--", color=colour,
-                            label=f"{stage}, {within} tokens")
+                cut = [r["accuracy_within"] for r in found]
+                row[1].plot(ns, cut, "o--", color=colour, label=f"{stage}, {within} tokens")
             for n, r in zip(ns, found):
                 row[2].plot(range(1, n + 1), r["accuracy_by_position"], ".-", color=colour,
                             alpha=0.2 + 0.8 * (n / max(ns)), label=f"{stage}, N = {n}")
@@ -108,24 +112,28 @@ def plot(path, stages, within, metrics=()):
 
 
 def write_group(out, step, rollout, advantages):
-    """Writes one group in full, to be read: the first whose rewards differ, else the first."""
+    """Writes one group in full, to be read: the first that is learned from."""
     _, G, N = rollout.correct.shape
-    p = int(np.argmax(np.ptp(rollout.rewards, axis=1) > 1e-9))
+    p = next((row // G for row, values in enumerate(advantages) if values.any()), 0)
     golds = ", ".join(problem["answer"] for problem in rollout.groups[p])
     mean = rollout.rewards[p].mean()
-    lines = [f"step {step}: one group of {G} samples, N = {N}", "",
-             batch_prompt(rollout.groups[p]), "",
-             f"Answers: {golds}. Mean reward (the baseline): {mean:.3f}", ""]
+    lines = [
+        f"step {step}: one group of {G} samples, N = {N}", "",
+        batch_prompt(rollout.groups[p]), "",
+        f"Answers: {golds}. Mean reward (the baseline): {mean:.3f}", ""]
     for g in range(G):
         row = p * G + g
-        completion = rollout.completions[row]
+        tokens = f"{len(rollout.completions[row].tokens)} tokens"
+        if rollout.completions[row].truncated:
+            tokens += ", truncated"
         right = " ".join("right" if mark else "wrong" for mark in rollout.correct[p, g])
-        cut = ", truncated" if completion.truncated else ""
-        low, high = advantages[row].min(), advantages[row].max()
-        advantage = f"{low:+.3f}" if low == high else f"{low:+.3f} to {high:+.3f}"
-        lines += [f"---- sample {g + 1}: {len(completion.tokens)} tokens{cut}; {right}; "
-                  f"reward {rollout.rewards[p, g]:.3f}; advantage {advantage}",
-                  rollout.texts[row], ""]
+        reward = f"{rollout.rewards[p, g]:.3f}"
+        low = f"{advantages[row].min():+.3f}"
+        high = f"{advantages[row].max():+.3f}"
+        advantage = low if low == high else f"{low} to {high}"
+        lines += [
+            f"---- sample {g + 1}: {tokens}; {right}; reward {reward}; advantage {advantage}",
+            rollout.texts[row], ""]
     (out / "samples").mkdir(exist_ok=True)
     write_text(out / f"samples/step-{step:06d}.txt", "\n".join(lines))
 
@@ -136,8 +144,8 @@ def training_warnings(metrics):
     three = metrics[-3:]
     if metrics and metrics[-1]["truncated"] > 0.95 and metrics[-1]["accuracy"] < 0.1:
         found["truncated"] = (
-            "nearly all completions are truncated by the budget, and nearly nothing is right: raise "
-            "--budget or lower --n")
+            "nearly all completions are truncated by the budget, and nearly nothing is right: "
+            "raise --budget or lower --n")
     if len(three) == 3 and all(m["zero_variance"] > 0.9 for m in three):
         found["equal"] = (
             "in over 90% of the groups all samples have the same reward, so every advantage is 0: "

@@ -51,8 +51,8 @@ def open_out(s, default):
             raise UserError(f"cannot make the directory --out {name}: {error.strerror}") from None
         write_json(Path(name) / "settings.json", settings)
         return Path(name)
-    raise UserError(f"--out {s.out} is in use: name a new directory, or continue the run in it with "
-                    f"--resume {s.out}")
+    raise UserError(f"--out {s.out} is in use: name a new directory, or continue the run in it "
+                    f"with --resume {s.out}")
 
 
 def saved_form(s):
@@ -68,7 +68,7 @@ def read_settings(settings_class, out):
     """The settings of the run in directory `out`. Raises UserError if there is none."""
     path = Path(out) / "settings.json"
     if not path.is_file():
-        raise UserError(f"--resume finds no run in {out}: name the directory of the run to continue")
+        raise UserError(f"--resume finds no run in {out}: name the directory of a run")
     saved = read_json(path)
     values = {}
     for field in dataclasses.fields(settings_class):
@@ -160,7 +160,7 @@ def save_checkpoint(out, step, metrics, model, master, optimizer, tokenizer):
 
 @torch.no_grad()
 def load_checkpoint(out, model, master, optimizer):
-    """Restores the last checkpoint. Returns its step and the metrics so far; 0 and [] without one."""
+    """Restores the last checkpoint. Returns its step and the metrics so far; without one, 0, []."""
     if not checkpoints(out):
         return 0, []
     path = checkpoints(out)[-1]

@@ -27,14 +27,14 @@ def flag_name(name):
 
 def parse_flags(settings_class, description, argv=None):
     """The command line as an instance of a settings class. With --resume DIR the settings are those
-    of the run in DIR, and only the flags in ANEW may be given. Raises UserError for anything else."""
+    of the run in DIR, and only the flags in ANEW may be given. Raises UserError for other use."""
     given = vars(make_parser(settings_class, description).parse_args(argv))
     for field in dataclasses.fields(settings_class):
         value = given.get(field.name)
         least = field.metadata["least"]
         if field.type in (int, float) and value is not None and not least <= value < math.inf:
-            raise UserError(f"{flag_name(field.name)} should be a finite number of at least {least}, "
-                            f"not {value}")
+            raise UserError(f"{flag_name(field.name)} should be a finite number of at least "
+                            f"{least}, not {value}")
     if "resume" not in given:
         return settings_class(**{"date": str(datetime.date.today())} | given)
     for name in given:
@@ -84,6 +84,6 @@ def one_for_each(s, name, other):
     values = getattr(s, name)
     count = len(getattr(s, other))
     if len(values) not in (1, count):
-        raise UserError(f"{flag_name(name)} should be one number, or one for each of the {count} of "
-                        f"{flag_name(other)}")
+        raise UserError(f"{flag_name(name)} should be one number, or one for each of the {count} "
+                        f"of {flag_name(other)}")
     return dataclasses.replace(s, **{name: values * (count // len(values))})
