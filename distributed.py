@@ -46,6 +46,11 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def was_restarted():
+    """Whether torchrun has restarted the processes because one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def find_device(name):
     """The device that the flag --device means: cpu or cuda:i. Raises UserError if it is missing."""
     if name == "auto":
