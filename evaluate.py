@@ -185,8 +185,8 @@ def why_nothing_is_right(records, problems):
         answers = reward.extract_answers(r["completion"], len(r["problems"]))
         for i, answer in zip(r["problems"], answers):
             if answer is not None:
-                return (f"nearly nothing is right. The first answer is {answer!r}, and its gold is "
-                        f"{golds[i]!r}: compare how they are written")
+                return (f'nearly nothing is right. The first answer is "{answer[:200]}", its gold '
+                        f'is "{golds[i][:200]}": compare how they are written')
     return ("nearly nothing is right, and no completion has an answer where the prompt asks for it "
             "(Answer i: \\boxed{...}): the format is not followed, or the budget is too small")
 
