@@ -26,7 +26,6 @@ order (prompt, sample), T tokens of one completion.
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,15 +33,15 @@ import torch
 import distributed
 import evaluate
 from data.chat import check_budget, copy_tokenizer, decode, encode_chat
-from data.files import UserError, write_json, write_lines
+from data.files import REPO, UserError, write_json, write_lines
 from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems
 from data.reports import plot, table, training_warnings, write_group
-from data.runs import load_checkpoint, open_out, read_settings, save_checkpoint
+from data.runs import load_checkpoint, open_out, resume_restarted, save_checkpoint
 from data.settings import flag, one_for_each, parse_flags
 from distributed import say
 from rollout import Completion, token_logprobs
 
-TINY = Path(__file__).resolve().parent / "data/tiny"
+TINY = REPO / "data/tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ def policy_loss(logprobs, old_logprobs, advantages, constant, clip_low, clip_hig
 
 def accumulate_gradient(model, master, rows, constant, s):
     """Sets master[i].grad to the gradient of the loss of `rows`, from all processes. Returns the
-    loss, and the sum and maximum over tokens of the gap |logprob here - logprob in the sampler|.
+    loss, and the mean and maximum over tokens of the gap |logprob here - logprob in the sampler|.
 
     The loss of each micro-batch is a sum divided by the same constant, so their gradients add up to
     that of the whole: on a CPU in float64, without rounding, whatever process has which batch."""
@@ -177,7 +176,8 @@ def accumulate_gradient(model, master, rows, constant, s):
         weight.grad = total.to(weight.dtype)
     stats = np.array(sum(distributed.all_gather(stats), []))  # (micro-batches of all processes, 3)
     loss, gap, _ = map(math.fsum, stats.T)
-    return {"loss": loss, "gap": gap, "gap_max": stats[:, 2].max()}
+    gap /= sum(len(row.tokens) for row in rows)
+    return {"loss": loss, "logprob_gap": gap, "logprob_gap_max": stats[:, 2].max()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ def train(s):
     for step in range(done + 1, s.steps + 1):
         # Prompts: P groups of N problems. Values of N take turns, each with its own sequence.
         round_, turn = divmod(step - 1, len(s.n))
-        n, budget = s.n[turn], s.budget[turn]
+        n = s.n[turn]
+        budget = s.budget[turn]
         indices = draw_groups(problems, n, s.seed, round_ * s.groups, s.groups)
         groups = [[problems[i] for i in group] for group in indices]  # (P, N)
         prompts = [encode_chat(chat, batch_prompt(group)) for group in groups]
@@ -240,7 +241,7 @@ def train(s):
         constant = len(completions) * budget
         rows = [Row(prompts[r // s.samples], c.tokens, c.logprobs, advantages[r])
                 for r, c in enumerate(completions) if advantages[r].any()]
-        stats = {"loss": 0.0, "gap": 0.0, "gap_max": 0.0}
+        stats = {"loss": 0.0, "logprob_gap": 0.0, "logprob_gap_max": 0.0}
         grad_norm = 0.0
         for _ in range(s.updates if rows else 0):
             stats = accumulate_gradient(model, master, rows, constant, s)
@@ -254,7 +255,7 @@ def train(s):
         # Log.
         seconds = {"sampling_seconds": sampling_seconds, "training_seconds": time.time() - clock}
         head = {"step": step, "n": n, "budget": budget}
-        metrics.append(head | measure(rollout, rows, stats, grad_norm) | seconds)
+        metrics.append(head | measure(rollout, stats, grad_norm) | seconds)
         report_step(s, metrics, out)
         save = step % s.save_every == 0 or step == s.steps
         if save or step == 1:
@@ -310,8 +311,9 @@ def fit_problems(model, chat, problems, benchmarks, s):
 
 def master_weights(model):
     """The weights that AdamW moves, in float32: the model's own, or copies of its bfloat16."""
-    return [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for p in model.parameters()]
+    return [
+        weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
+        for weight in model.parameters()]
 
 
 @torch.no_grad()
@@ -327,11 +329,13 @@ def make_optimizer(master, s):
     matrices = [weight for weight in master if weight.dim() > 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        groups, lr=s.lr, weight_decay=s.weight_decay,
+        groups,
+        lr=s.lr,
+        weight_decay=s.weight_decay,
         foreach=False)  # less memory
 
 
-def measure(rollout, rows, stats, grad_norm):
+def measure(rollout, stats, grad_norm):
     """The metrics of a step, except its times. What is not finite is None: JSON has no NaN."""
     rewards = rollout.rewards
     tokens = sum(len(c.tokens) for c in rollout.completions)
@@ -347,11 +351,8 @@ def measure(rollout, rows, stats, grad_norm):
         "zero_variance": equal_rewards(rewards).mean(),
         "waits_per_problem": sum(map(evaluate.count_waits, rollout.texts)) / size,
         "entropy": entropy,
-        "loss": stats["loss"],
         "grad_norm": grad_norm,
-        "skipped": not math.isfinite(grad_norm) or not math.isfinite(entropy),
-        "logprob_gap": stats["gap"] / max(1, sum(len(row.tokens) for row in rows)),
-        "logprob_gap_max": stats["gap_max"]}
+        "skipped": not math.isfinite(grad_norm + entropy)} | stats
     for key, value in metrics.items():
         if not np.all(np.isfinite(value)):
             metrics[key] = None
@@ -391,8 +392,11 @@ def write_results(s, out, before, after, metrics, seconds):
         changes[name] = {}
         for n, records in by_n.items():
             changes[name][n] = evaluate.paired_change(records, after[1][name][n])
-    content = {"settings": dataclasses.asdict(s), **stages, "change": changes, "seconds": seconds}
-    write_json(out / "results.json", content)
+    write_json(out / "results.json", {
+        "settings": dataclasses.asdict(s),
+        **stages,
+        "change": changes,
+        "seconds": seconds})
     plot(out / "results.png", stages, max(s.budget), metrics)
     say("\n" + table(stages, changes, max(s.budget)))
     say(f"\n{seconds:.0f} s in all. In {out}: results.json, metrics.jsonl, samples/, evaluation/, "
@@ -406,16 +410,8 @@ def main(argv=None):
         s = one_for_each(s, "eval_budget", "eval_n")
         if distributed.world_size() > 1 and not (s.out or s.resume):
             raise UserError("several processes need --out: a restart by torchrun must find the run")
-        if distributed.was_restarted() and not s.resume:
-            s = resumed_settings(s)
+        s = resume_restarted(s)
         distributed.launch("bcr.py", train, s, most=s.groups)
-
-
-def resumed_settings(s):
-    """After torchrun has restarted the processes, a run goes on from its last checkpoint."""
-    if not (Path(s.out) / "settings.json").exists():
-        return s
-    return dataclasses.replace(read_settings(Settings, s.out), resume=s.out)
 
 
 if __name__ == "__main__":

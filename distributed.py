@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
 from data.files import UserError, find_model
@@ -46,11 +47,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def was_restarted():
-    """Whether torchrun has restarted the processes because one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def find_device(name):
     """The device that the flag --device means: cpu or cuda:i. Raises UserError if it is missing."""
     if name == "auto":
@@ -65,15 +61,13 @@ def find_device(name):
 
 
 def processes_and_threads(s, most):
-    """How many processes to start on a CPU, and the threads of each.
-
-    A small model gets a process of one thread per physical core, at most 8 and at most `most`: its
-    operations are too small to divide. Rounding then depends on neither number. The weights of a
-    model of over 100 MB do not fit the caches: one process with all threads reads them, unless
-    --processes asks for more."""
+    """How many processes to start on a CPU, and the threads of each. A small model gets a process
+    of one thread per core, at most 8 and at most `most`: its operations are too small to divide,
+    and rounding depends on neither number. Over 100 MB, weights do not fit the caches: one process
+    with all threads reads them, unless --processes asks for more."""
     cores = torch.get_num_threads()  # torch's default
-    size = sum(file.stat().st_size for file in find_model(s.model).glob("model*.safetensors"))
-    if size > 1e8 and s.processes < 2:
+    files = find_model(s.model).glob("model*.safetensors")
+    if sum(file.stat().st_size for file in files) > 1e8 and s.processes < 2:
         return 1, cores
     return s.processes or min(cores, most, 8), 1
 
@@ -98,7 +92,7 @@ def launch(program, function, s, most):
         try:
             while not run.join(grace_period=1):
                 pass
-        except multiprocessing.ProcessException as error:
+        except (ProcessExitedException, ProcessRaisedException) as error:
             if not errors.empty():
                 raise UserError(errors.get()) from None
             sys.exit(f"{program}: error: {str(error).strip()}\n"
@@ -168,10 +162,9 @@ def explain(error):
     """One sentence about an error that the user can fix; None for any other."""
     if isinstance(error, UserError):
         return str(error)
-    # The last two: on CUDA, in cuBLAS and in the capture of a graph.
+    # The last two names are of cuBLAS and of the capture of a CUDA graph.
     names = "out of memory|allocate memory|unable to allocate|ALLOC_FAILED|error during capture"
-    memory = isinstance(error, (RuntimeError, MemoryError))
-    if memory and re.search(names, str(error), re.IGNORECASE):
+    if isinstance(error, (RuntimeError, MemoryError)) and re.search(names, str(error), re.I):
         return ("memory ran out: lower --rows if it was sampling, lower --micro-tokens or add "
                 "--checkpointing if it was training, or lower the budget")
 
@@ -197,8 +190,7 @@ def readable_errors(program):
         sentence = explain(error)
         if sentence is None:
             raise
-    process = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
-    print(f"{program}: error: {sentence}{process}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # see run_as
     sys.exit(status)
@@ -274,17 +266,16 @@ def load_sharded(path, dtype, device):
     used, and freed after. Its gradients are summed over the processes in float32.
 
     Source: PyTorch FSDP (arXiv 2304.11277); ZeRO stage 3 (arXiv 1910.02054)."""
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+    import torch.distributed.fsdp as fsdp  # takes seconds
 
     model = Transformer.empty(path)
     mesh = dist.init_device_mesh(torch.device(device).type, (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-    register_fsdp_forward_method(model, "hidden")  # what `head` needs stays until backward
+    fsdp.register_fsdp_forward_method(model, "hidden")  # what `head` needs stays until backward
     shares = model.state_dict()
     state = {name: share_of(tensor.float(), shares[name])
              for name, tensor in join_parts(read_weights(path, model, device))}
@@ -311,9 +302,8 @@ def share_of(tensor, like):
 
 @contextlib.contextmanager
 def full_weights(model):
-    """The whole model on each process while it samples. With --shard this is a copy that is
-    gathered once and freed after: gathering each layer for each token would cost more than
-    computing it."""
+    """The whole model on each process while it samples. With --shard this is a copy, gathered once:
+    gathering each layer for each token would cost more than computing it."""
     if not is_sharded(model):
         yield model
         return

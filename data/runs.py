@@ -85,6 +85,14 @@ def read_settings(settings_class, out):
     return settings_class(**values)
 
 
+def resume_restarted(s):
+    """Settings that resume the run in s.out if torchrun has restarted the processes: one has died."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if restarted and not s.resume and (Path(s.out) / "settings.json").is_file():
+        return dataclasses.replace(read_settings(type(s), s.out), resume=s.out)
+    return s
+
+
 def find_path(name):
     """The path of a file that `saved_form` has written."""
     return name if Path(name).exists() or not (REPO / name).exists() else str(REPO / name)
