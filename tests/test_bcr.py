@@ -1,7 +1,5 @@
 """Advantages, loss, gradient, the training loop and its reports: the parts of bcr.py one by one."""
 
-import dataclasses
-import json
 import re
 
 import numpy as np
@@ -22,11 +20,9 @@ from rollout import Completion
 # Advantages
 
 
-def test_advantages_subtract_the_groups_own_mean():
-    """The baseline is that of the batch, or the advantages are divided by something without being asked."""
+def test_normalized_advantages_have_deviation_1():
+    """--normalize-std divides by something else, or blows up a group without a spread."""
     rewards = np.array([[0.0, 1.0, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
-    expected = [[-0.5, 0.5, 0, 0], [0, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]]
-    assert np.allclose(group_advantages(rewards), expected)
     scaled = group_advantages(rewards, normalize_std=True)
     assert np.allclose(scaled[[0, 2]].std(axis=1), 1, atol=1e-4) and not scaled[1].any()
 
@@ -52,15 +48,6 @@ def test_the_loss_is_the_clipped_objective():
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss = policy_loss(new, old, advantages, constant=10, clip_low=0.2, clip_high=0.28)
     assert loss.item() == pytest.approx(-(1.28 - 2.0 + 0.5 - 0.8) / 10)
-
-
-def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
-    """d loss / d logprob is not -A / constant for every token. A mean over each sequence would be a length
-    incentive."""
-    logprobs = torch.randn(5, requires_grad=True)
-    advantages = torch.tensor([0.5, 0.5, 0.5, 0.5, -0.25])  # four tokens of one row, one of another
-    policy_loss(logprobs, logprobs.detach(), advantages, 20, 0.2, 0.28).backward()
-    assert torch.allclose(logprobs.grad, -advantages / 20)
 
 
 @pytest.fixture
@@ -143,16 +130,6 @@ def test_logprobs_and_gradient_are_those_of_the_textbook(rows, family, checkpoin
     assert stats["logprob_gap_max"] == pytest.approx(gaps.max().item(), rel=1e-4)
 
 
-def test_eos_gets_a_gradient():
-    """EOS is masked as padding, and the model never learns to stop. With an advantage on a completion that
-    is EOS alone, the gradient reaches EOS's own row of the head."""
-    model = random_model("llama", tie_word_embeddings=False)
-    row = Row([5, 6], [0], torch.zeros(1), np.ones(1))
-    accumulate_gradient(model, list(model.parameters()), [row], constant=1, s=Settings())
-    gradient = model.lm_head.weight.grad.norm(dim=1)
-    assert gradient[0] > 0.1 * gradient.sum()  # pushing EOS up pushes all others down
-
-
 def test_bfloat16_gradients_are_summed_in_float32(rows):
     """Master weights do not get the gradient, or get it rounded after each micro-batch."""
     model = random_model("qwen2", tie_word_embeddings=False).to(torch.bfloat16)
@@ -185,19 +162,6 @@ def test_n_and_budget_take_turns(tmp_path):
     train(tmp_path / "out", n=(2, 4), budget=(90, 170), steps=3, samples=2)
     assert [(m["n"], m["budget"], len(m["accuracy_by_position"])) for m in metrics_of(tmp_path / "out")] == [
         (2, 90, 2), (4, 170, 4), (2, 90, 2)]
-
-
-def test_truncated_completions_are_learned_from(tmp_path, monkeypatch):
-    """Truncated completions are left out of the loss. Under a tight budget, when every completion is
-    truncated, what they answered before is all there is to learn from. Or the loss is divided by something
-    that depends on the completions, not by P * G * budget."""
-    constants, original = set(), policy_loss
-    monkeypatch.setattr(bcr, "policy_loss", lambda *a: constants.add(a[3]) or original(*a))
-    (m,) = train(tmp_path / "out", n=(8,), budget=(150,), groups=4)[1]
-    assert m["truncated"] > 0.95 and 0 < m["accuracy"] < 0.8 and m["grad_norm"] > 0
-    (m,) = train(tmp_path / "one", n=(1,), budget=(60,), groups=4)[1]
-    assert 0.1 < m["truncated"] < 0.9  # completions of many lengths
-    assert constants == {4 * 4 * 150, 4 * 4 * 60}
 
 
 def test_the_length_penalty_lowers_the_reward_by_its_formula(tmp_path):
@@ -235,11 +199,6 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch):
     assert [m["skipped"] for m in metrics] == [False, True]
     text = (tmp_path / "two/metrics.jsonl").read_text()
     assert "NaN" not in text and lines_of(tmp_path / "two/metrics.jsonl")[1]["grad_norm"] is None
-    monkeypatch.setattr(bcr, "token_advantages", lambda *a: [np.nan * row for row in original(*a)])
-    with pytest.raises(UserError, match="steps 1 to 3 .*not finite"):
-        train(tmp_path / "three", steps=9)
-    assert len(lines_of(tmp_path / "three/metrics.jsonl")) == 3
-    assert not list((tmp_path / "three").glob("checkpoint-*"))
 
 
 def test_the_shown_group_agrees_with_itself_and_with_the_metrics(tmp_path):
@@ -298,13 +257,6 @@ def test_weight_decay_is_for_matrices(tmp_path):
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert weights[0].max() < 1 and torch.equal(weights[1].detach(), torch.ones(2))
-
-
-def test_settings_are_frozen_and_round_trip_as_json():
-    """Code writes into the settings, or settings.json does not hold them."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().n = (1,)
-    assert json.loads(json.dumps(dataclasses.asdict(Settings(n=(2, 4)))))["n"] == [2, 4]
 
 
 def test_links_of_the_readme_point_to_the_lines_that_they_name():

@@ -101,11 +101,6 @@ def test_k_samples_of_each_prompt_are_counted(shipped):
     assert measured(shipped, problems, 3, samples=4)[0]["accuracy"] < 0.3
 
 
-def test_waits_are_counted_as_words():
-    """`waiter` is counted, or `Wait,` is not."""
-    assert evaluate.count_waits("Wait, check. wait! The waiter awaits. WAIT") == 3
-
-
 def test_an_accuracy_near_0_has_a_reason(capsys, tmp_path):
     """A table says 0.0% right and nothing else, where golds are written in another way or the model does not
     follow the format."""
@@ -277,20 +272,6 @@ def test_a_problem_that_no_budget_reaches_is_marked(tmp_path):
                      "--out", tmp_path / "out") == 0
     entries = lines_of(tmp_path / "out/answers.jsonl")
     assert [(e["answer"], e["n"], e["rounds"], e["correct"]) for e in entries] == [(None, 1, 2, 0.0)] * 3
-
-
-def test_a_reward_file_is_a_module_with_helpers_and_gets_copies(tmp_path):
-    """Dataclasses with postponed annotations or helper modules fail to import, files without .py are refused,
-    or a score that changes its golds changes them for the rest of the run."""
-    (tmp_path / "bcr_test_helper.py").write_text("VALUE = 0.5\n")
-    (tmp_path / "mine").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "from bcr_test_helper import VALUE\n\n\n@dataclass\nclass Mark:\n    value: float\n\n\n"
-        "def score(completion, golds):\n    marks = [Mark(VALUE) for _ in golds]\n    golds.clear()\n"
-        "    return [mark.value for mark in marks]\n")
-    _, score = evaluate.load_reward(str(tmp_path / "mine"))
-    golds = ["1", "2"]
-    assert score("", golds).tolist() == [0.5, 0.5] and golds == ["1", "2"]
 
 
 @pytest.fixture
