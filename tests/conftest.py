@@ -112,8 +112,7 @@ def figures_of(out):
 
 def outcome(out):
     """All that a run leaves, without its timings and the settings that a resumed run may change."""
-    files = ["model/model.safetensors", "completions-before.txt", "completions-after.txt", "samples.txt"]
-    paths = [*(out / name for name in files), *sorted(out.glob("evaluation/*"))]
+    paths = [out / "model/model.safetensors", *out.glob("samples/*"), *out.glob("evaluation/*")]
     return figures_of(out), metrics_of(out), {path.name: path.read_bytes() for path in paths}
 
 

@@ -107,7 +107,7 @@ def test_the_fork_trains(tmp_path):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     plain, fork = (tmp_path / program for program in processes)
-    varies = [" to " in (out / "samples.txt").read_text().split("advantage", 1)[1] for out in (plain, fork)]
+    varies = [" to " in (out / "samples/step-000001.txt").read_text().split("advantage", 1)[1] for out in (plain, fork)]
     assert varies == [False, True]  # within a completion
     assert metrics_of(plain)[0]["reward"] == metrics_of(fork)[0]["reward"]
     assert metrics_of(plain)[0]["grad_norm"] != metrics_of(fork)[0]["grad_norm"]

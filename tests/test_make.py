@@ -120,12 +120,12 @@ def test_numbers_and_words_are_single_tokens(shipped):
     assert chat.tokenizer.decode(chat.tokenizer.encode(text).ids) == text
 
 
-def test_the_base_model_is_good_and_writes_loops(shipped, tmp_path):
+def test_the_base_model_is_good_and_writes_loops(shipped):
     """The base model is so inaccurate that better arithmetic looks like shorter reasoning. The bounds are
     loose, for 200 problems; data/tiny/README.md has the figures for 8,000."""
     heldout, s = load_problems(TINY / "heldout.jsonl")[:200], EvaluationSettings()
     for n, least in ((1, 0.93), (4, 0.9)):
-        records = evaluate(*shipped, heldout, n, 1024, score, s, tmp_path / f"{n}.jsonl", "")
+        records = evaluate(*shipped, heldout, n, 1024, score, s)
         figures = summarize(records, n, s)
         assert figures["accuracy"] > least and figures["truncated"] == 0
-        assert 60 < figures["tokens_per_problem"] < 100 and 2 < figures["loops_per_problem"] < 5
+        assert 60 < figures["tokens_per_problem"] < 100 and 2 < figures["waits_per_problem"] < 5

@@ -38,6 +38,7 @@ from torch.autograd import DeviceType
 import bcr
 import distributed
 import rollout
+from data import runs
 from data.chat import encode_chat, load_chat
 from data.files import read_json
 from data.problems import batch_prompt, load_problems
@@ -158,10 +159,10 @@ def run(*command, status=0):
     return time.perf_counter() - begin, printed
 
 
-def resume(out, flags, steps):
+def resume(out, steps):
     """Goes on with a run, under torchrun with one process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "--"]
-    return run(*torchrun, "bcr.py", *flags, "--out", out, "--steps", steps, "--resume")
+    return run(*torchrun, "bcr.py", "--resume", out, "--steps", steps)
 
 
 def programs(s):
@@ -175,7 +176,7 @@ def programs(s):
             assert s.device in printed, f"--device {name} does not compute on {s.device}"
         if not CUDA:
             yield "bcr.py --device auto, cuda, cuda:0", {"seconds": NEEDS_CUDA}
-        yield "resume, torchrun", {"seconds": resume(out, flags, 3)[0]}
+        yield "resume, torchrun", {"seconds": resume(out, 3)[0]}
         lines = (out / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == [1, 2, 3], f"the steps after a resume are {steps}"
@@ -366,13 +367,14 @@ def checkpoint(s):
     saved = [tensor.clone() for tensor in tensors()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        seconds = timed(lambda: distributed.save_checkpoint(out, 1, model, master, optimizer))
+        seconds = timed(lambda: runs.save_checkpoint(
+            out, 1, [], model, master, optimizer, SHIPPED))
         size = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         yield "save", {"seconds": seconds, "GB": size, "GB of host memory at most": peak}
         for tensor in tensors():
             tensor.zero_()
-        seconds = timed(lambda: distributed.load_checkpoint(out, model, master, optimizer))
+        seconds = timed(lambda: runs.load_checkpoint(out, model, master, optimizer))
         yield "load", {"seconds": seconds}
     for old, new in zip(saved, tensors(), strict=True):
         assert torch.equal(old, new), "what is loaded is not what was saved"
