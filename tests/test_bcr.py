@@ -9,7 +9,6 @@ import torch
 import bcr
 from bcr import Row, Settings, accumulate_gradient, group_advantages, policy_loss, token_logprobs
 from conftest import REPO, lines_of, metrics_of, random_model
-from data.files import UserError
 from data.reports import write_group
 from distributed import micro_batches
 from model import Transformer

@@ -57,7 +57,6 @@ def test_the_loss_divides_by_a_constant(tmp_path, monkeypatch):
     one_step(tmp_path / "out", n=(1,), budget=(60,))
     assert seen == {4 * 4 * 60}
     for length in (3, 30):
-        model = random_model()
         logprobs = torch.zeros(length, requires_grad=True)
         loss(logprobs, torch.zeros(length), torch.full((length,), 0.5), 100, 0.2, 0.28).backward()
         assert torch.allclose(logprobs.grad, torch.tensor(-0.5 / 100))

@@ -249,7 +249,7 @@ def test_a_gpu_samples_as_many_rows_as_fit(monkeypatch, capsys):
 
 def test_a_cpu_samples_as_many_rows_as_it_is_asked_to():
     """The free memory of a CPU changes how many rows are sampled at a time."""
-    assert distributed.rows_at_a_time(random_model(), [[1]], 1, 10**7, 256) == 256
+    assert distributed.rows_at_a_time(random_model(), [[1]] * 300, 1, 10**7, 256) == 256
 
 
 def test_the_commands_of_the_paper_fit_their_cards():
