@@ -618,8 +618,12 @@ def fit_benchmarks(model, chat, benchmarks, s):
         raise UserError(f"the accuracy within {s.within} tokens cannot be read off completions of at most "
                         f"{min(s.budget)} tokens: raise the budget of the evaluation")
 
-    return {name: leave_out_long(model, chat, problems, s)
-            for name, problems in benchmarks.items()}
+    benchmarks = {name: leave_out_long(model, chat, problems, s)
+                  for name, problems in benchmarks.items()}
+    for problems in benchmarks.values():
+        for n in s.n:
+            evaluation_groups(problems, n, s.seed)  # raises UserError for fewer than n
+    return benchmarks
 
 
 def leave_out_long(model, chat, problems, s):
