@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import UserError, read_lines, write_lines
-from reward import answers_equal
+from reward import answers_equal, extract_answers
 
 MAA = "MAA copyright, no licence named"  # Mathematical Association of America
 # hub: repository, configuration (None: the only one) and split. counts: the numbers of problems it
@@ -48,7 +48,7 @@ BENCHMARKS = {
                         whole=True),
     "gsm8k_test": dict(hub=("openai/gsm8k", "main", "test"), counts=(1319,), licence="MIT",
                        whole=True),
-    # 103,022 today, 103,110 at its release. It is last because it excludes the problems of the others.
+    # 103,022 today, 103,110 at its release. Last, because it excludes the problems of the others.
     "deepmath": dict(hub=("zwhe99/DeepMath-103K", None, "train"), counts=(103022, 103110),
                      licence="MIT"),
 }
@@ -65,23 +65,17 @@ ESCAPES = {"\f": r"\f", "\b": r"\b", "\a": r"\a", "\v": r"\v", "\triangle": r"\t
 
 
 def rows_of_hub(name):
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("reading from the Hub needs the package datasets: pip install datasets, or "
-                        "use local files with --from DIR") from None
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
     repo, config, split = BENCHMARKS[name]["hub"]
     print(f"{name}: loading {repo} from the Hugging Face Hub", flush=True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
     options = {"columns": COLUMNS} if name == "deepmath" else {}
     try:
+        import datasets
         return datasets.load_dataset(repo, config, split=split, **options).to_list()
-    except Exception as error:  # no network, no such dataset and a full disk have no common class
+    except Exception as error:  # no package, no network and no such dataset have no common class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot load {repo} from the Hugging Face Hub ({reason}): try again (what "
-                        "was downloaded is kept), or use local files with --from DIR") from None
+        raise UserError(f"cannot load {repo} from the Hugging Face Hub ({reason}): pip install "
+                        "datasets and try again, or use local files with --from DIR") from None
 
 
 def files_of(name, folder):
@@ -103,13 +97,7 @@ def rows_of_file(name, path):
 
 
 def read_jsonl(path):
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not valid JSON") from None
-    return rows
+    return [json.loads(line) for _, line in read_lines(path)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -147,7 +135,7 @@ def gold_of(name, row):
     if name.startswith("gsm8k"):  # a solution, then #### and the gold
         text = text.split("####")[-1].strip()
     if r"\boxed{" in text:
-        text = last_boxed(text)
+        text = extract_answers(text, 1)[0] or ""
     if re.fullmatch(r"\$[^$]+\$", text):
         text = text[1:-1].strip()
     if BENCHMARKS[name].get("whole"):  # 27.0, 025, 70,000, 336^\circ are 27, 25, 70000, 336
@@ -155,17 +143,6 @@ def gold_of(name, row):
         number = re.fullmatch(r"(-?)0*(\d+)(\.0*)?(\^\{?\\circ\}?)?", text)
         text = number[1] + number[2] if number else ""
     return text
-
-
-def last_boxed(text):
-    r"""The content of the last \boxed{...}, "" if it does not end."""
-    rest = text.rpartition(r"\boxed{")[2]
-    depth = 1
-    for end, char in enumerate(rest):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return rest[:end].strip()
-    return ""
 
 
 def repair(text):
@@ -199,7 +176,7 @@ def fault_of(problem, known):
 
 def problems_of(name, rows, where, known):
     """The problems of the rows, and a Counter of what was left out. Raises UserError if their
-    number is wrong, if a benchmark has a faulty one, or if a tenth of DeepMath is left out."""
+    number is wrong or a benchmark has a faulty one."""
     counts = BENCHMARKS[name]["counts"]
     if len(rows) not in counts:
         expected = " or ".join(f"{count:,}" for count in counts)
@@ -216,14 +193,7 @@ def problems_of(name, rows, where, known):
         else:
             raise UserError(f"{where} has a problem {fault}: {problem['id']}, of the columns "
                             f"{', '.join(row)}")
-    if left_out.total() > 0.1 * len(rows):
-        raise UserError(f"{where} has too many problems to leave out ({words(left_out)}), of the "
-                        f"columns {', '.join(rows[0])}")
     return problems, left_out
-
-
-def words(left_out):
-    return ", ".join(f"{count:,} {fault}" for fault, count in left_out.items())
 
 
 def benchmark_texts(out):
@@ -254,8 +224,9 @@ def prepare(name, folder, out, force):
         rows = rows_of_hub(name)
     problems, left_out = problems_of(name, rows, where, known)
     write_lines(path, problems)
-    left = f"; left out: {words(left_out)}" if left_out else ""
-    print(f"{name}: {len(problems):,} problems{left}", flush=True)
+    print(f"{name}: {len(problems):,} problems", flush=True)
+    for fault, count in left_out.items():
+        print(f"{name}: left out {count:,} {fault}", flush=True)
     return path.name, f"{len(problems):,}", licence, str(where)
 
 
@@ -272,15 +243,6 @@ def parse(argv):
     for name in s.names:
         if name not in BENCHMARKS:
             raise UserError(f"unknown benchmark {name!r}: known are {', '.join(BENCHMARKS)}")
-    named = bool(s.names)
-    s.names = [name for name in BENCHMARKS if name in (s.names or DEFAULT)]
-    if s.folder:
-        missing = [name for name in s.names if not files_of(name, s.folder)]
-        if named and missing or missing == s.names:
-            raise UserError(f"--from {s.folder} has no {missing[0]}.jsonl, .json or .parquet")
-        for name in missing:
-            print(f"{name}: not in {s.folder}, skipped")
-            s.names.remove(name)
     return s
 
 
@@ -289,8 +251,13 @@ def main(argv=None):
     try:
         s = parse(argv)
         s.out.mkdir(parents=True, exist_ok=True)
-        for name in s.names:
-            table.append(prepare(name, s.folder, s.out, s.force))
+        for name in [name for name in BENCHMARKS if name in (s.names or DEFAULT)]:
+            if not s.folder or files_of(name, s.folder):
+                table.append(prepare(name, s.folder, s.out, s.force))
+            elif s.names:
+                raise UserError(f"--from {s.folder} has no {name}.jsonl, .json or .parquet")
+            else:
+                print(f"{name}: not in {s.folder}, skipped")
     except UserError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)
