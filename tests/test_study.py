@@ -34,8 +34,8 @@ def found(out):
 
 @pytest.mark.slow
 def test_bcr_shortens_and_plain_grpo_does_not(found):
-    """The claim itself, loosely: BCR stopped working. The penalty is checked too, because a baseline
-    that did nothing would flatter BCR."""
+    """The claim itself, loosely: BCR stopped working. The penalty is checked too, because a
+    baseline that did nothing would flatter BCR."""
     base, bcr, _, grpo, penalty = (found[arm] for arm in ARMS)
     assert bcr["tokens, N=1"] < 0.8 * min(base["tokens, N=1"], grpo["tokens, N=1"])
     assert grpo["tokens, N=1"] > 0.9 * base["tokens, N=1"]
@@ -99,8 +99,8 @@ def test_differences_are_taken_seed_by_seed_and_intervals_are_students():
 def test_the_anatomy_counts_what_it_names():
     """Waits, restatements and repetitions are counted as each other, or solutions without a heading
     are left out."""
-    text = ("### Problem 1\nWe need 2 + 3. 2 + 3 = 5. Wait, check: 5 - 3 = 2, ok. Wait, let me do it "
-            "again. 2 + 3 = 5.\nAnswer 1: \\boxed{5}\n\n### Problem 2\nAnswer 2: \\boxed{7}")
+    text = ("### Problem 1\nWe need 2 + 3. 2 + 3 = 5. Wait, check: 5 - 3 = 2, ok. Wait, let me do "
+            "it again. 2 + 3 = 5.\nAnswer 1: \\boxed{5}\n\n### Problem 2\nAnswer 2: \\boxed{7}")
     assert study.anatomy([{"completion": text}]) == {
         "waits": 1.0, "equations": 1.5, "restated %": 50, "done again %": 50, "hurried %": 0,
         "no steps %": 50}

