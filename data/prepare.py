@@ -24,6 +24,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -31,27 +32,32 @@ from data.files import UserError, read_lines, write_lines
 from reward import answers_equal, extract_answers
 
 MAA = "MAA copyright, no licence named"  # Mathematical Association of America
-# hub: repository, configuration (None: the only one) and split. counts: the numbers of problems it
-# can have. whole: all golds are integers, and are written as integers.
+
+
+class Benchmark(NamedTuple):
+    repo: str  # on the Hugging Face Hub
+    config: str | None  # None: the only one
+    split: str
+    counts: tuple  # the numbers of problems it can have
+    licence: str
+
+
+# OlympiadBench: open-ended, text only, English. Its authors withdrew one problem; the copy in
+# Qwen2.5-Math, which many papers used, has it. DeepMath had 103,110 problems at its release; it is
+# last because it excludes the problems of the others.
 BENCHMARKS = {
-    "aime25": dict(hub=("math-ai/aime25", None, "test"), counts=(30,), licence=MAA, whole=True),
-    "amc23": dict(hub=("math-ai/amc23", None, "test"), counts=(40,), licence=MAA, whole=True),
-    "minerva": dict(hub=("math-ai/minervamath", None, "test"), counts=(272,),
-                    licence="CC BY-NC-SA 4.0 (MIT OpenCourseWare)"),
-    "math500": dict(hub=("HuggingFaceH4/MATH-500", None, "test"), counts=(500,), licence="MIT"),
-    # Open-ended, text only, English. Its authors withdrew one problem: the Hub has 674, the copy in
-    # Qwen2.5-Math, which many papers used, has 675.
-    "olympiadbench": dict(hub=("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
-                          counts=(674, 675), licence="MIT (GitHub), Apache-2.0 (Hub)"),
-    "aime24": dict(hub=("math-ai/aime24", None, "test"), counts=(30,), licence=MAA, whole=True),
-    "gsm8k_train": dict(hub=("openai/gsm8k", "main", "train"), counts=(7473,), licence="MIT",
-                        whole=True),
-    "gsm8k_test": dict(hub=("openai/gsm8k", "main", "test"), counts=(1319,), licence="MIT",
-                       whole=True),
-    # 103,022 today, 103,110 at its release. Last, because it excludes the problems of the others.
-    "deepmath": dict(hub=("zwhe99/DeepMath-103K", None, "train"), counts=(103022, 103110),
-                     licence="MIT"),
+    "aime25": Benchmark("math-ai/aime25", None, "test", (30,), MAA),
+    "amc23": Benchmark("math-ai/amc23", None, "test", (40,), MAA),
+    "minerva": Benchmark("math-ai/minervamath", None, "test", (272,), "CC BY-NC-SA 4.0 (MIT OCW)"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", None, "test", (500,), "MIT"),
+    "olympiadbench": Benchmark("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", (674, 675),
+                               "MIT (GitHub), Apache-2.0 (Hub)"),
+    "aime24": Benchmark("math-ai/aime24", None, "test", (30,), MAA),
+    "gsm8k_train": Benchmark("openai/gsm8k", "main", "train", (7473,), "MIT"),
+    "gsm8k_test": Benchmark("openai/gsm8k", "main", "test", (1319,), "MIT"),
+    "deepmath": Benchmark("zwhe99/DeepMath-103K", None, "train", (103022, 103110), "MIT"),
 }
+WHOLE = ("aime24", "aime25", "amc23", "gsm8k_test", "gsm8k_train")  # all golds are integers
 COLUMNS = ["question", "final_answer", "difficulty"]  # of DeepMath; the rest are 5 GB of solutions
 DEFAULT = ("aime25", "amc23", "minerva", "math500", "olympiadbench", "deepmath")
 # In JSON written by hand, the \f of \frac is a form feed and the \t of \triangle is a tab. Copies
@@ -65,7 +71,7 @@ ESCAPES = {"\f": r"\f", "\b": r"\b", "\a": r"\a", "\v": r"\v", "\triangle": r"\t
 
 
 def rows_of_hub(name):
-    repo, config, split = BENCHMARKS[name]["hub"]
+    repo, config, split, _, _ = BENCHMARKS[name]
     print(f"{name}: loading {repo} from the Hugging Face Hub", flush=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
     options = {"columns": COLUMNS} if name == "deepmath" else {}
@@ -138,7 +144,7 @@ def gold_of(name, row):
         text = extract_answers(text, 1)[0] or ""
     if re.fullmatch(r"\$[^$]+\$", text):
         text = text[1:-1].strip()
-    if BENCHMARKS[name].get("whole"):  # 27.0, 025, 70,000, 336^\circ are 27, 25, 70000, 336
+    if name in WHOLE:  # 27.0, 025, 70,000, 336^\circ are 27, 25, 70000, 336
         text = re.sub(r"(?<=\d),(?=\d\d\d)", "", text)
         number = re.fullmatch(r"(-?)0*(\d+)(\.0*)?(\^\{?\\circ\}?)?", text)
         text = number[1] + number[2] if number else ""
@@ -177,7 +183,7 @@ def fault_of(problem, known):
 def problems_of(name, rows, where, known):
     """The problems of the rows, and a Counter of what was left out. Raises UserError if their
     number is wrong or a benchmark has a faulty one."""
-    counts = BENCHMARKS[name]["counts"]
+    counts = BENCHMARKS[name].counts
     if len(rows) not in counts:
         expected = " or ".join(f"{count:,}" for count in counts)
         raise UserError(f"{where} has {len(rows):,} problems, but {name} has {expected}")
@@ -208,7 +214,7 @@ def benchmark_texts(out):
 def prepare(name, folder, out, force):
     """Writes one file. Returns its line of the table: file, problems, licence, source."""
     path = out / f"{name}.jsonl"
-    licence = BENCHMARKS[name]["licence"]
+    licence = BENCHMARKS[name].licence
     known = benchmark_texts(out) if name == "deepmath" else set()
     if path.is_file() and not force:
         rows = read_jsonl(path)
@@ -220,7 +226,7 @@ def prepare(name, folder, out, force):
         where = folder / name
         rows = [row for file in files_of(name, folder) for row in rows_of_file(name, file)]
     else:
-        where = BENCHMARKS[name]["hub"][0]
+        where = BENCHMARKS[name].repo
         rows = rows_of_hub(name)
     problems, left_out = problems_of(name, rows, where, known)
     write_lines(path, problems)
