@@ -187,6 +187,7 @@ def write_completion(rng, problems, hurry=0.12):
 # ----------------------------------------------------------------------------------------------
 # Tokenizer
 
+
 def train_tokenizer(rng):
     """Byte-level BPE on the world's own text. Numbers, words and line breaks are split first, so
     that each number is one token, and so is each word with its space."""
@@ -220,23 +221,17 @@ TOKENS_A_BATCH = 2048  # of each process, with prompts and padding
 PROCESSES = 2  # a fixed number: another one sees other documents
 
 
-def documents(rng, chat, heldout, ns, hurry):
-    """2,048 documents as (prompt ids, completion ids with <|end|>), without held-out problems."""
-    prompts = []
-    completions = []
-    for n in rng.choices(list(ns), ns.values(), k=2048):
-        problems = [new_problem(rng, heldout) for _ in range(n)]
-        prompts.append(encode_chat(chat, batch_prompt(problems)))
-        completions.append(write_completion(rng, problems, hurry) + "<|end|>")
-    encoded = chat.tokenizer.encode_batch(completions, add_special_tokens=False)
-    return list(zip(prompts, [encoding.ids for encoding in encoded]))
-
-
 def batches(rng, chat, heldout, ns, hurry):
     """Endless batches of about TOKENS_A_BATCH tokens: tokens (B, T), and a mask (B, T) of those to
-    predict. Documents of similar length share a batch, so that little is padding."""
+    predict. No problem is in `heldout`. Completions of similar length share a batch, so that little
+    is padding."""
     while True:
-        pool = documents(rng, chat, heldout, ns, hurry)
+        pool = []
+        for n in rng.choices(list(ns), ns.values(), k=2048):
+            problems = [new_problem(rng, heldout) for _ in range(n)]
+            completion = write_completion(rng, problems, hurry) + "<|end|>"
+            encoding = chat.tokenizer.encode(completion, add_special_tokens=False)
+            pool.append((encode_chat(chat, batch_prompt(problems)), encoding.ids))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
         cut = []
         groups = []
@@ -312,7 +307,7 @@ def make(seed):
         seed=seed, model=str(MODEL), device="cpu", processes=PROCESSES), most=PROCESSES)
 
 
-def measure(path, count):
+def measure(path, count=2000):
     """Prints what decides whether a model of this world is a fair test, at temperature 1 and
     without truncation: is it accurate at each N and position? Are long solutions right as often as
     short ones (else plain GRPO would shorten them)? Do joined steps cost accuracy?"""
@@ -346,10 +341,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", nargs="?", const=str(MODEL), metavar="DIR",
                         help="measure the model in DIR (default: the shipped one)")
-    parser.add_argument("--count", type=int, default=2000, help="problems to measure on")
     s = parser.parse_args()
     if s.measure:
-        measure(s.measure, s.count)
+        measure(s.measure)
     else:
         make(s.seed)
 
