@@ -1,4 +1,4 @@
-"""What test files share: paths, the shipped model, small random models, and ways to run the two commands."""
+"""What test files share: paths, models, and ways to run the commands."""
 
 import json
 import os
@@ -6,43 +6,38 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Tests run in parallel: one thread for each process.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+from data.chat import load_chat
+from model import Config, Transformer
+from smollm2 import smollm2_directory
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from data.chat import load_chat  # noqa: E402
-from data.study.smollm2 import Unreachable, smollm2_directory  # noqa: E402
-from model import Config, Transformer  # noqa: E402
-
 TINY = REPO / "data/tiny"
-# The settings of the run `finished`. The number of prompts is odd, so that processes have unequal shares.
+# The settings of the run `finished`. The number of prompts is odd, so that processes have unequal
+# shares.
 QUICK = ["--n", 4, "--budget", 120, "--steps", 5, "--groups", 5, "--samples", 4, "--eval-n", "1,4",
          "--eval-problems", 9, "--save-every", 2]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes seconds; leave it out with -m "not slow"')
-    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests
-
-
 def pytest_collection_modifyitems(items):
+    """Files in slow/ are slow. Slow files run first, so that none is left for the end."""
     for item in items:
         if item.path.parent.name == "slow":
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # long files first, so that none is left for the end
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def random_model(kind="qwen3", seed=0, **changes):
     """A small model with wide random weights, so that its distribution is far from uniform."""
     torch.manual_seed(seed)
-    sizes = dict(model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256)
+    sizes = dict(model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=48,
+                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                 max_position_embeddings=256)
     model = Transformer(Config.from_hf(sizes | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -60,7 +55,7 @@ def smollm2():
     """Directory of a real chat model, SmolLM2-135M-Instruct. Tests do not write into it."""
     try:
         return smollm2_directory()
-    except Unreachable as reason:
+    except subprocess.SubprocessError as reason:
         pytest.skip(f"no real chat model: {reason}")
 
 
@@ -69,10 +64,14 @@ def smollm2():
 
 
 def start(program, *arguments, **options):
-    """Starts bcr.py or evaluate.py in a process of its own."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, str(REPO / program), *map(str, arguments)], text=True,
-                            stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **options)
+    """Starts bcr.py or evaluate.py, or a module such as data.prepare, in a process of its own."""
+    if program.endswith(".py"):
+        command = [sys.executable, str(REPO / program)]
+    else:
+        command = [sys.executable, "-m", program]
+        options = {"cwd": REPO} | options
+    return subprocess.Popen([*command, *map(str, arguments)], text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def wait_for(line, process):
@@ -82,7 +81,7 @@ def wait_for(line, process):
 
 
 def status_of(main, *arguments):
-    """Runs a command in this process, which saves the seconds of its imports. Returns its exit status."""
+    """Runs a command in this process, which saves the time of its imports. Returns its status."""
     try:
         main([*map(str, arguments)])
     except SystemExit as stop:
@@ -97,16 +96,18 @@ def lines_of(path):
 
 def metrics_of(out):
     """metrics.jsonl without its timings."""
-    timed = ("sampling_seconds", "training_seconds")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines_of(out / "metrics.jsonl")]
+    metrics = lines_of(out / "metrics.jsonl")
+    for line in metrics:
+        del line["sampling_seconds"], line["training_seconds"]
+    return metrics
 
 
 def figures_of(out):
     """The figures in a run's results.json, without the timings."""
     results = json.loads((out / "results.json").read_text())
     for by_n in (*results["before"].values(), *results["after"].values()):
-        for of_n in by_n.values():
-            del of_n["problems_per_second"]
+        for result in by_n.values():
+            del result["problems_per_second"]
     return {key: results[key] for key in ("before", "after", "change")}
 
 
@@ -118,7 +119,7 @@ def outcome(out):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A short run from start to end, in a working directory that is not the repo's: (out, stdout)."""
+    """A short run from start to end, in a working directory other than the repo: (out, stdout)."""
     out = tmp_path_factory.mktemp("finished") / "out"
     process = start("bcr.py", *QUICK, "--out", out, cwd=out.parent)
     stdout, stderr = process.communicate(timeout=300)

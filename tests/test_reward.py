@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 from reward import MAX_DEPTH, MAX_LENGTH, answers_equal, extract_answers, score
 from reward_rewrites import changing, keeping
 

@@ -1,12 +1,13 @@
 """
-Several processes: measurements with 1 and 2 processes on this machine, and arithmetic for 8 and 64 GPUs.
+Several processes: measurements with 1 and 2 on this machine, and arithmetic for 8 and 64 GPUs.
 
-    python tests/bench/scale.py                 measures (two minutes) and prints both tables
-    python tests/bench/scale.py --paper         prints the arithmetic only
+    python -m tests.bench.scale                 measures (two minutes) and prints both tables
+    python -m tests.bench.scale --paper         prints the arithmetic only
 
-The measurements are complete runs of bcr.py under torchrun, in turns: one process, two with a copy of the
-model each, two that share it (--shard). Bytes are those that a process wrote to its sockets (/proc/self/io),
-next to what the formulas below expect. The first step of each run is a warm-up and does not count.
+The measurements are complete runs of bcr.py under torchrun, in turns: one process, two with a copy
+of the model each, two that share it (--shard). Bytes are those that a process wrote to its sockets
+(/proc/self/io), next to what the formulas below expect. The first step of each run is a warm-up and
+does not count.
 
 The second table is arithmetic, not measurement: none of it has run on more than one GPU.
 """
@@ -26,18 +27,18 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
-
 import bcr
 import distributed
 import evaluate
 import rollout
 from model import Config, Transformer
 
-GROUPS, SAMPLES = 16, 8
-RUN = ["--steps", "4", "--groups", str(GROUPS), "--samples", str(SAMPLES), "--micro-tokens", "32768",
-       "--eval-n", "1", "--eval-problems", "2", "--eval-budget", "150", "--save-every", "100"]
+REPO = Path(__file__).resolve().parents[2]
+GROUPS = 16
+SAMPLES = 8
+RUN = ["--steps", "4", "--groups", str(GROUPS), "--samples", str(SAMPLES),
+       "--micro-tokens", "32768", "--eval-n", "1", "--eval-problems", "2", "--eval-budget", "150",
+       "--save-every", "100"]
 WAYS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard"])}
 
 # ----------------------------------------------------------------------------------------------
@@ -52,14 +53,15 @@ def ring(ranks, size):
 
 
 def bytes_replicated(ranks, weights, size=4):
-    """An all-reduce (a reduce-scatter and a gather) of the gradients: float32 on a GPU, float64 on a CPU."""
+    """An all-reduce (a reduce-scatter and a gather) of the gradients: float32 on a GPU, float64 on
+    a CPU."""
     return 2 * ring(ranks, size * weights)
 
 
 def bytes_sharded(ranks, layers, rest, passes, size, reduce=1):
-    """--shard, with `layers` weights in layers and `rest` in embedding, head and last norm, computed in a
-    type of `size` bytes. All weights are gathered once to sample. Each pass gathers the layers forward and
-    backward and the rest once, and sums every float32 gradient.
+    """--shard, with `layers` weights in layers and `rest` in embedding, head and last norm, in a
+    type of `size` bytes. All weights are gathered once to sample. Each pass gathers the layers
+    forward and backward and the rest once, and sums every float32 gradient.
     reduce: 2 for gloo, whose reduce-scatter sends as much as an all-reduce (measured)."""
     gathers = layers + rest + passes * (2 * layers + rest)
     return ring(ranks, size * gathers + reduce * 4 * passes * (layers + rest))
@@ -70,11 +72,13 @@ def bytes_sharded(ranks, layers, rest, passes, size, reduce=1):
 
 
 def work(arguments):
-    """One process of a run: bcr.py, with the time and the bytes sent so far noted after each step."""
-    marks, report_step = [], bcr.report_step
+    """One process of a run: bcr.py, noting the time and the bytes sent so far after each step."""
+    marks = []
+    report_step = bcr.report_step
 
     def mark(s, metrics, out):  # every process calls it once per step
-        sent = next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("wchar"))
+        counters = dict(line.split(": ") for line in open("/proc/self/io"))
+        sent = int(counters["wchar"])
         marks.append({"time": time.time(), "sent": sent, **metrics[-1]})
         report_step(s, metrics, out)
 
@@ -92,9 +96,10 @@ def measure(rounds=2):
             for index, (way, (ranks, flags)) in enumerate(WAYS.items()):
                 out = f"{folder}/{number}-{index}"
                 subprocess.run(
-                    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                     str(ranks), "--", __file__, "--work", *RUN, *flags, "--out", out],
-                    check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node", str(ranks), "--", __file__, "--work", *RUN, *flags,
+                     "--out", out], check=True, capture_output=True, timeout=300,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
                 marks = json.loads(Path(out + ".json").read_text())
                 found[way] += [
                     {"seconds": b["time"] - a["time"], "sent": b["sent"] - a["sent"],
@@ -107,16 +112,21 @@ def measure(rounds=2):
 def measured():
     """Prints the table of measurements."""
     model = Transformer.from_pretrained(REPO / "data/tiny/model")
-    weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
+    weights = sum(p.numel() for p in model.parameters())
+    layers = sum(p.numel() for p in model.model.layers.parameters())
     expected = {"1 process": 0.0, "2 processes": bytes_replicated(2, weights, 8),
                 # a pass for each prompt
-                "2 processes, --shard": bytes_sharded(2, layers, weights - layers, GROUPS // 2, 4, reduce=2)}
-    print("measured here        | steps/s | tokens/s | sampling s | training s | MB per process | expected")
+                "2 processes, --shard": bytes_sharded(
+                    2, layers, weights - layers, GROUPS // 2, 4, reduce=2)}
+    print("measured here        | steps/s | tokens/s | sampling s | training s | MB per process | "
+          "expected")
     for way, steps in measure().items():
-        mean, ranks = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}, WAYS[way][0]
-        completions = ring(ranks, 12 * mean["tokens"])  # the share of this process, sent to the others
+        ranks, _ = WAYS[way]
+        mean = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        completions = ring(ranks, 12 * mean["tokens"])  # its share, sent to the others
         print(f"{way:20} | {1 / mean['seconds']:7.3f} | {mean['tokens'] / mean['seconds']:8.0f} | "
-              f"{mean['sampling']:10.2f} | {mean['training']:10.2f} | {mean['sent'] / 1e6:14.2f} | "
+              f"{mean['sampling']:10.2f} | {mean['training']:10.2f} | "
+              f"{mean['sent'] / 1e6:14.2f} | "
               f"{(expected[way] + completions) / 1e6:8.2f}")
 
 
@@ -124,24 +134,30 @@ def measured():
 # Arithmetic
 
 SHAPES = {  # config.json on the Hugging Face Hub, and the weights that it describes
-    "4B": dict(weights=4.02e9, layers=36, kv_heads=8, heads=32, head=128),  # Qwen3-4B-Thinking-2507
-    "32B": dict(weights=32.8e9, layers=64, kv_heads=8, heads=64, head=128),  # Qwen3-32B
+    # Qwen3-4B-Thinking-2507 and Qwen3-32B
+    "4B": dict(weights=4.02e9, layers=36, kv_heads=8, heads=32, head=128),
+    "32B": dict(weights=32.8e9, layers=64, kv_heads=8, heads=64, head=128),
 }
 GPUS = {  # NVIDIA's data sheets (SXM): bfloat16 without sparsity, memory bandwidth, memory
     "H100": dict(flops=989e12, bandwidth=3.35e12, memory=80e9),
     "H200": dict(flops=989e12, bandwidth=4.8e12, memory=141e9),
 }
-NVLINK = 450e9  # bytes/s per GPU and direction, fourth generation (the data sheet's 900 GB/s count both)
-NODE, NETWORK = 8, 8 * 50e9  # GPUs of a node; bytes/s into a node with 400 Gb/s InfiniBand for each GPU
+# bytes/s per GPU and direction, fourth generation (the data sheet's 900 GB/s count both)
+NVLINK = 450e9
+NODE = 8  # GPUs of a node
+NETWORK = 8 * 50e9  # bytes/s into a node with 400 Gb/s InfiniBand for each GPU
 SHARE = 0.4  # of these limits is reached: an assumption
 USABLE = 0.92  # of the memory: the rest belongs to the driver, NCCL and the allocator
 
 
-def step_on_paper(shape, gpu, ranks, prompts=32, samples=8, prompt=1000, budget=8000, micro_tokens=16384,
-                  shard=True):
-    """Seconds of a step in which all completions reach the budget (the worst case), with --checkpointing."""
-    s, g = SHAPES[shape], GPUS[gpu]
-    weights, length = s["weights"], prompt + budget
+def step_on_paper(shape, gpu, ranks, prompts=32, samples=8, prompt=1000, budget=8000,
+                  micro_tokens=16384, shard=True):
+    """Seconds of a step in which all completions reach the budget (the worst case), with
+    --checkpointing."""
+    s = SHAPES[shape]
+    g = GPUS[gpu]
+    weights = s["weights"]
+    length = prompt + budget
     per_token = 4 * s["layers"] * s["kv_heads"] * s["head"]  # bytes of cache: k and v in bfloat16
     # bfloat16 weights to sample with; float32 weights and AdamW's two moments, complete or a share
     held = 2 * weights + 12 * weights / (ranks if shard else 1)
@@ -152,39 +168,44 @@ def step_on_paper(shape, gpu, ranks, prompts=32, samples=8, prompt=1000, budget=
     rows = busy * samples
     waves = [min(room, rows - first) for first in range(0, rows, room)]
 
-    def token(n):  # one token of n rows: reading weights and caches, or computing, whichever takes longer
-        return max((2 * weights + n * per_token * (prompt + budget / 2)) / (SHARE * g["bandwidth"]),
-                   2 * weights * n / (SHARE * g["flops"]))
+    def token(n):  # of n rows: reading weights and caches or computing, whichever is longer
+        read = 2 * weights + n * per_token * (prompt + budget / 2)
+        return max(read / (SHARE * g["bandwidth"]), 2 * weights * n / (SHARE * g["flops"]))
 
-    prefill = busy * prompt * 2 * weights / (SHARE * g["flops"])  # keys and values of a prompt, once
+    prefill = busy * prompt * 2 * weights / (SHARE * g["flops"])  # a prompt's keys and values, once
     attention = 4 * s["layers"] * s["heads"] * s["head"] * length / 2  # flops per token
-    flops = 8 * weights + 4 * attention  # per token: forward, backward (twice that), and forward again
+    flops = 8 * weights + 4 * attention  # per token: forward, backward (twice that), forward again
     passes = -(-rows // max(1, micro_tokens // length))  # rows are complete: prompt and completion
-    sent = bytes_sharded(ranks, weights, 0, passes, 2) if shard else bytes_replicated(ranks, weights)
+    sent = bytes_replicated(ranks, weights)
+    if shard:
+        sent = bytes_sharded(ranks, weights, 0, passes, 2)
     link = SHARE * (NVLINK if ranks <= NODE else NETWORK)
     times = {"sampling": prefill + budget * sum(map(token, waves)),
              "training": rows * length * flops / (SHARE * g["flops"]),
              "network": sent / link if ranks > 1 else 0.0}
-    return {"rows": min(room, rows), "waves": len(waves), "held": held, "step": sum(times.values()), **times,
+    return {"rows": min(room, rows), "waves": len(waves), "held": held,
+            "step": sum(times.values()), **times,
             "floor": budget * 2 * weights / (SHARE * g["bandwidth"])}
 
 
 def paper():
     """Prints the table of the arithmetic."""
-    print("\nArithmetic, not measured: seconds of a step, 8 completions per prompt, each of 8,000 tokens.\n"
-          "model | GPUs | prompts | --shard | GB held | rows per GPU | waves | sampling (floor) | training | "
-          "network | step | completions/s")
+    print("\nArithmetic, not measured: seconds of a step, 8 completions per prompt, each of 8,000 "
+          "tokens.\nmodel | GPUs | prompts | --shard | GB held | rows per GPU | waves | "
+          "sampling (floor) | training | network | step | completions/s")
     for shape, gpu, ranks, prompts, shard in (
             ("4B", "H100", 8, 32, False), ("4B", "H100", 8, 32, True), ("4B", "H100", 64, 32, True),
-            ("4B", "H100", 64, 256, True), ("32B", "H100", 8, 32, True), ("32B", "H100", 64, 32, True),
-            ("32B", "H200", 8, 32, True), ("32B", "H200", 64, 32, True), ("32B", "H200", 64, 256, True)):
+            ("4B", "H100", 64, 256, True), ("32B", "H100", 8, 32, True),
+            ("32B", "H100", 64, 32, True), ("32B", "H200", 8, 32, True),
+            ("32B", "H200", 64, 32, True), ("32B", "H200", 64, 256, True)):
         t = step_on_paper(shape, gpu, ranks, prompts, shard=shard)
         head = (f"{shape:>5} | {ranks:>2} {gpu} | {prompts:>4} | {'yes' if shard else 'no':>3} | "
                 f"{t['held'] / 1e9:6.1f} |")
         if not t["rows"]:
             print(head, "no room for the cache of one row")
             continue
-        print(head, f"{t['rows']:>3} | {t['waves']:>2} | {t['sampling']:7.0f} ({t['floor']:.0f}) | "
+        print(head, f"{t['rows']:>3} | {t['waves']:>2} | "
+                    f"{t['sampling']:7.0f} ({t['floor']:.0f}) | "
                     f"{t['training']:6.1f} | {t['network']:5.1f} | {t['step']:6.0f} | "
                     f"{prompts * 8 / t['step']:.2f}")
 

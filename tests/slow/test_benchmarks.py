@@ -1,7 +1,7 @@
 """
-Every problem of every benchmark file through what a run does with it: groups of N, the prompt in the tokens
-of a real model, a scripted completion in tokens and back in text, and the checker. Right answers must earn
-everything, wrong and missing ones nothing. The files are not part of this repository.
+Every problem of every benchmark file through what a run does with it: groups of N, the prompt in
+the tokens of a real model, a scripted completion in tokens and back in text, and the checker. Right
+answers must earn everything, wrong and missing ones nothing. The files are not in this repository.
 """
 
 import json
@@ -32,18 +32,20 @@ def chat(smollm2):
 
 
 def groups_of(file, n, most=10**6):
-    """The first `most` groups of n problems, as (groups, golds). All groups together hold every problem."""
+    """The first `most` groups of n problems, as (groups, golds). All groups hold every problem."""
     problems = load_problems(BENCHMARKS / f"{file}.jsonl")
-    groups = [[problems[i] for i in group] for group in evaluation_groups(problems, n, seed=0)[0][:most]]
+    indices, _ = evaluation_groups(problems, n, seed=0)
+    groups = [[problems[i] for i in group] for group in indices[:most]]
     return groups, [[problem["answer"] for problem in group] for group in groups]
 
 
 def answered(answers):
-    return "\n\n".join(answer_section(i, WORK, answer) for i, answer in enumerate(answers, start=1))
+    return "\n\n".join(answer_section(i, WORK, answer)
+                       for i, answer in enumerate(answers, start=1))
 
 
 def check(texts, golds):
-    return np.array([score(text, of_text) for text, of_text in zip(texts, golds)])
+    return np.array([score(text, group) for text, group in zip(texts, golds)])
 
 
 def through_tokens(chat, texts):
@@ -57,11 +59,12 @@ def through_tokens(chat, texts):
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("file", FILES)
 def test_prompts_hold_the_problems(chat, file, n):
-    """A problem does not reach the model as it is written, or a prompt and the paper's budget do not fit the
-    model that the paper trains."""
+    """A problem does not reach the model as it is written, or a prompt and the paper's budget do
+    not fit the model that the paper trains."""
     groups, _ = groups_of(file, n, MOST)
     prompts = [encode_chat(chat, batch_prompt(group)) for group in groups]
-    for group, text in zip(groups, chat.tokenizer.decode_batch(prompts, skip_special_tokens=False)):
+    texts = chat.tokenizer.decode_batch(prompts, skip_special_tokens=False)
+    for group, text in zip(groups, texts):
         for i, problem in enumerate(group, start=1):
             assert f"\nProblem {i}: {problem['problem']}" in text
     assert max(map(len, prompts)) < 8192
@@ -70,12 +73,13 @@ def test_prompts_hold_the_problems(chat, file, n):
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("file", FILES)
 def test_right_answers_earn_all(chat, file, n):
-    """A right answer earns nothing: every figure of this benchmark is too low, and training pushes the wrong
-    way."""
+    """A right answer earns nothing: every result of this benchmark is too low, and training pushes
+    the wrong way."""
     _, golds = groups_of(file, n)
     if n == 1:
         sources = json.loads((BENCHMARKS / "SOURCES.json").read_text())
-        assert len(golds) == next(source["count"] for source in sources if source["file"] == f"{file}.jsonl")
+        counts = {source["file"]: source["count"] for source in sources}
+        assert len(golds) == counts[f"{file}.jsonl"]
     correct = check(through_tokens(chat, [answered(group) for group in golds]), golds)
     assert correct.shape == (len(golds), n)
     assert correct.all(), np.array(golds)[~correct][:5]
@@ -88,8 +92,10 @@ def wrong(group):
 
 THINKING = {  # what stands before the answer, of a model that thinks first
     "empty": lambda group: "<think>\n\n</think>\n\n",
-    "words": lambda group: "<think>\nWait, is \\boxed{7} right? Let me see: Problem 1 ...\n</think>\n\n",
-    "wrong answers": lambda group: f"<think>\n{answered(wrong(group))}\n\nWait, that is wrong.\n</think>\n\n",
+    "words": lambda group: (
+        "<think>\nWait, is \\boxed{7} right? Let me see: Problem 1 ...\n</think>\n\n"),
+    "wrong answers": lambda group: (
+        f"<think>\n{answered(wrong(group))}\n\nWait, that is wrong.\n</think>\n\n"),
     # The prompt ends in <think>, so only the end of the part is in the completion.
     "opened by the prompt": lambda group: f"Okay. {answered(wrong(group))}\n\nHmm.\n</think>\n\n",
 }
@@ -101,11 +107,13 @@ def test_right_answers_after_thinking_earn_all(chat, file, n):
     """What a model tries while thinking overrides its answer."""
     _, golds = groups_of(file, n, 120)
     for name, before in THINKING.items():
-        correct = check(through_tokens(chat, [before(group) + answered(group) for group in golds]), golds)
-        assert correct.all(), name
-    # Without the label `Answer i:`, which overrides within one text, but not over what follows the thinking.
+        texts = [before(group) + answered(group) for group in golds]
+        assert check(through_tokens(chat, texts), golds).all(), name
+    # Without the label `Answer i:`, which overrides within one text, but not over what follows the
+    # thinking.
     for name in ("wrong answers", "opened by the prompt"):
-        texts = [THINKING[name](group) + answered(group).replace("Answer ", "So ") for group in golds]
+        texts = [THINKING[name](group) + answered(group).replace("Answer ", "So ")
+                 for group in golds]
         assert check(texts, golds).all(), name
     # Right while thinking, wrong in the answer.
     texts = [f"<think>\n{answered(group)}\n</think>\n\n{answered(wrong(group))}" for group in golds]
@@ -118,14 +126,17 @@ def test_right_answers_after_thinking_earn_all(chat, file, n):
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("file", FILES)
 def test_answers_to_the_neighbours_problem_earn_nothing(chat, file, n):
-    """A right number under the wrong problem counts, so a model may learn to answer out of order; or
-    different answers are equal to the checker."""
+    """A right number under the wrong problem counts, so a model may learn to answer out of order,
+    or different answers are equal to the checker."""
     _, golds = groups_of(file, n, MOST)
-    neighbours = golds[1:] + golds[:1] if n == 1 else [group[1:] + group[:1] for group in golds]
+    neighbours = [group[1:] + group[:1] for group in golds]
+    if n == 1:
+        neighbours = golds[1:] + golds[:1]
     correct = check(through_tokens(chat, [answered(group) for group in neighbours]), golds)
     pairs = [(a.strip(" $"), b.strip(" $")) for a, b in zip(np.ravel(golds), np.ravel(neighbours))]
     different = np.array([a != b for a, b in pairs])
-    credited = [pair for pair, right, differs in zip(pairs, correct.flat, different) if right and differs]
+    credited = [pair for pair, right, differs in zip(pairs, correct.flat, different)
+                if right and differs]
     assert different.mean() > 0.5
     assert all(set(pair) in EQUAL for pair in credited), credited
     assert correct.ravel()[~different].all()
@@ -134,17 +145,22 @@ def test_answers_to_the_neighbours_problem_earn_nothing(chat, file, n):
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("file", FILES)
 def test_answers_cut_off_earn_nothing(chat, file, n):
-    """The budget has no effect: half an answer (\\boxed{12 of \\boxed{123}) earns something, or the cut takes
-    away what precedes it."""
+    """The budget has no effect: half an answer (\\boxed{12 of \\boxed{123}) earns something, or the
+    cut takes away what precedes it."""
     _, golds = groups_of(file, n, 600)
     draw = random.Random(0)
-    rows = [chat.tokenizer.encode(answered(group), add_special_tokens=False).ids for group in golds]
-    tails = [len(chat.tokenizer.encode(f"{group[-1]}}}", add_special_tokens=False).ids) for group in golds]
-    for cut in ("just before the last box closes", "within the last answer", "anywhere"):
-        removed = {"just before the last box closes": lambda row, tail: 1,
-                   "within the last answer": lambda row, tail: draw.randint(1, tail),
-                   "anywhere": lambda row, tail: draw.randint(1, len(row))}[cut]
-        lengths = [len(row) - removed(row, tail) for row, tail in zip(rows, tails)]
+
+    def encode(text):
+        return chat.tokenizer.encode(text, add_special_tokens=False).ids
+
+    rows = [encode(answered(group)) for group in golds]
+    tails = [len(encode(group[-1] + "}")) for group in golds]
+    lengths_of = {
+        "just before the last box closes": [len(row) - 1 for row in rows],
+        "within the last answer": [len(row) - draw.randint(1, tail)
+                                   for row, tail in zip(rows, tails)],
+        "anywhere": [draw.randrange(len(row)) for row in rows]}
+    for cut, lengths in lengths_of.items():
         texts = decode(chat, [row[:length] for row, length in zip(rows, lengths)])
         complete = np.array([[len(answered(group[:i + 1])) <= len(text) for i in range(n)]
                              for group, text in zip(golds, texts)])  # the sections before the cut
