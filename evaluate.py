@@ -29,7 +29,12 @@ import reward
 from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model, write_json, write_lines
 from data.problems import (
-    batch_prompt, doubtful_golds, evaluation_groups, load_benchmarks, load_problems)
+    batch_prompt,
+    doubtful_golds,
+    evaluation_groups,
+    load_benchmarks,
+    load_problems,
+)
 from data.reports import dial, plot, table
 from data.runs import open_out
 from data.settings import flag, one_for_each, parse_flags

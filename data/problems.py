@@ -13,6 +13,7 @@ import numpy as np
 from data.files import UserError, read_lines
 from reward import score
 
+
 def batch_prompt(problems):
     """The user message for N problems (dicts with "problem"). The wording is the same for every N
     and every model, so that results at different N differ by N alone."""

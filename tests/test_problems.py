@@ -8,7 +8,13 @@ import pytest
 from conftest import TINY
 from data.files import UserError
 from data.problems import (
-    answer_section, batch_prompt, doubtful_golds, draw_groups, evaluation_groups, load_problems)
+    answer_section,
+    batch_prompt,
+    doubtful_golds,
+    draw_groups,
+    evaluation_groups,
+    load_problems,
+)
 from reward import extract_answers, score
 
 

@@ -15,8 +15,8 @@ import rollout
 from conftest import random_model
 from data.files import UserError
 from model import Config, Transformer
-from tests.bench import scale
 from rollout import Slots, cuda_graphs, generate, sample_token, token_logprobs
+from tests.bench import scale
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import cuda_report
+
 from conftest import REPO
 
 
