@@ -44,7 +44,6 @@ def score(completion, golds):
     return list(map(answers_equal, extract_answers(completion, len(golds)), golds))
 
 
-# ------------------------------------------------------------------------------------------
 # Extraction: a completion is a sequence of headers `### Problem i`, labels `Answer i:` and boxes.
 
 MAX_LENGTH = 500  # characters of an answer; a longer one equals only itself
@@ -105,7 +104,7 @@ def _normalize(completion):
 
 def _marks(text, word, pattern, start):
     """The matches of a pattern that follow `start`, among the last MAX_MARKS of its word."""
-    first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 1)
+    first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 2)
     return [mark for mark in pattern.finditer(text, first)
             if start.search(text, max(0, mark.start() - 40), mark.start())]
 
@@ -151,7 +150,6 @@ def _box(text, start):
     return False, ""
 
 
-# ------------------------------------------------------------------------------------------
 # Cleaning: one spelling for what LaTeX, Unicode and plain text write in several ways.
 
 
@@ -172,6 +170,17 @@ for meaning, names in {
 }.items():
     SPELLINGS |= dict.fromkeys(names.split(), meaning + " " * meaning[-1:].isalpha())
 NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
+# A unit is texts or words that follow a number and end an answer or an item, but not those that
+# express doubt, offer a choice or change the number.
+EXPONENT = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
+UNIT = (rf"(?<=[\d.)}}°%!i])(?:(?: \\text ?\{{[^{{}}]*\}}{EXPONENT})+| (?:[A-Za-z]{{4,}}|[cmk]?m|[mk]?g"
+        rf"|s|ft|in|sq|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?{EXPONENT}"
+        rf"(?:(?: [A-Za-z]{{2,}}|/[A-Za-z]+){EXPONENT}){{0,4}})(?= ?(?:[,;)}}\]]|\\\}}|$))")
+HEDGE = re.compile(
+    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
+    r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
+    r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
+    r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
     ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),       # 1{,}234  10,\!080
@@ -196,8 +205,8 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("^", r"\^ ?(\d)(?!\.\d)", r"^{\1}"),                                       # 2^12 is 2^1 2
     ("\\", r"(\\(?:frac|binom|sqrt)) ?(\d)", r"\1{\2}"),                        # \frac12
     ("\\", r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),                 # \frac{1}2
-    ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"(\1+\\frac{\2}{\3})"),
-    ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", r"(\1+\\frac{\2}{\3})"),  # 1 4/5
+    ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"\\mixed{\1}{\2}{\3}"),
+    ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", r"\\mixed{\1}{\2}{\3}"),  # 1 4/5
     ("\\over", r"\{?([^{}]*)\\over(?![a-z])([^{}]*)\}?", r"\\frac{\1}{\2}"),    # {1 \over 2}
     ("\\choose", r"\{?([^{}]*)\\choose(?![a-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
     ("line", r"(\d*\.\d*)\\overline ?\{ ?(\d{1,30}) ?\}", r"\1" + 9 * r"\2"),   # 0.\overline{3}
@@ -215,6 +224,7 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("]", r"(^|,|\\in|=) ?\]", r"\1("),                                         # ]1,2[ is (1,2)
     ("[", r"\[(?= ?,| ?$)", ")"),
     (" ", r"(?<=\d) (?=\d)", "~"),                                              # 1 2 is not 12
+    (" ", UNIT, lambda match: match[0] if HEDGE.search(match[0]) else ""),
 )]
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")  # needs no cleaning; most golds are
 
@@ -236,9 +246,9 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-# ------------------------------------------------------------------------------------------
 # Value: an expression is computed by recursive descent over its tokens.
 
+DIGITS = frozenset("0123456789.")
 MAX_DEPTH = 30      # nested brackets and commands
 MAX_BITS = 130_000  # of a number; the factorial of 5000 has 54,000
 MAX_WORK = 500_000  # bits computed in one comparison, and 100 for each step
@@ -246,12 +256,12 @@ TOKEN = re.compile(
     r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100), "infty": math.inf}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to what precedes it
 BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
-BINDING |= dict.fromkeys(["", ",", ")", "]", "}"], END)
+RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
+BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
@@ -266,10 +276,10 @@ def _power(a, b):
         return a ** b
     if a < 0 and b.denominator % 2:  # the real root of a negative number
         return (-1) ** b.numerator * _power(-a, b)
-    if a <= 0 or b.denominator > 2:
-        return math.exp(b * _log(a)) if a > 0 else a ** b
-    root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
-    return root ** b.numerator if root * root == a else math.exp(b * _log(a))
+    root = Fraction(math.isqrt(abs(a.numerator)), math.isqrt(a.denominator))
+    if b.denominator == 2 and root * root == a:
+        return root ** b.numerator
+    return math.exp(b * _log(a)) if a > 0 else a ** b
 
 
 def _factorial(a):
@@ -277,29 +287,20 @@ def _factorial(a):
     return Fraction(math.factorial(int(a))) if whole else math.gamma(a + 1)
 
 
-FUNCTIONS = {"log": _log, "ln": _log, "logbase": lambda b, a: _log(a) / _log(b)}
-FUNCTIONS |= {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
-FUNCTIONS |= {"arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
-FUNCTIONS |= {"cot": lambda a: 1 / cmath.tan(a), "sec": lambda a: 1 / cmath.cos(a)}
-FUNCTIONS |= {"csc": lambda a: 1 / cmath.sin(a)}
+FUNCTIONS = {"ln": _log, "log": _log, "logbase": lambda b, a: _log(a) / _log(b),
+             "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda a: 1 / cmath.tan(a),
+             "sec": lambda a: 1 / cmath.cos(a), "csc": lambda a: 1 / cmath.sin(a),
+             "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
+             "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp}
 OPERATIONS = FUNCTIONS | {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power,
-    "frac": operator.truediv, "root": lambda n, a: _power(a, 1 / n), "!": _factorial, "abs": abs,
-    "sqrt": lambda a: _power(a, Fraction(1, 2)),
-    "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
-    "floor": lambda a: Fraction(math.floor(a.real + Fraction(1, 10**12))),
+    "frac": operator.truediv, "mixed": lambda whole, top, bottom: whole + top / bottom,
+    "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
+    "!": _factorial, "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
+    "abs": abs, "floor": lambda a: Fraction(math.floor(a.real + Fraction(1, 10**12))),
     "ceil": lambda a: Fraction(math.ceil(a.real - Fraction(1, 10**12)))}
-ARGUMENTS = {"frac": 2, "binom": 2, "root": 2, "sqrt": 1, "abs": 1, "floor": 1, "ceil": 1, "logbase": 1}
-
-
-def _size(name, a, b=0):
-    """About how many bits the result of an operation has."""
-    if name in ("!", "binom"):
-        return abs(a.real) * math.log2(2 + abs(a.real))
-    if name == "^" and isinstance(a, Fraction) and isinstance(b, Fraction):
-        return abs(b) * math.log2(max(abs(a.numerator), a.denominator))
-    return sum(value.numerator.bit_length() + value.denominator.bit_length()
-               for value in (a, b) if isinstance(value, Fraction))
+ARGUMENTS = {"frac": 2, "mixed": 3, "sqrt": 1, "root": 2, "binom": 2, "abs": 1, "floor": 1, "ceil": 1,
+             "logbase": 1}
 
 
 class Evaluator:
@@ -311,34 +312,32 @@ class Evaluator:
         self.seed = zlib.crc32(both.encode(errors="replace"))
         self.whole = r"\floor" in both or r"\ceil" in both  # variables are whole numbers
         self.signed = r"\abs" in both
-        self.degree = math.pi / 180 if TRIGONOMETRIC.search(both) else Fraction(1)
+        angle = re.search("sin|cos|tan|cot|sec|csc", both)
+        self.constants = CONSTANTS | {"°": math.pi / 180 if angle else Fraction(1)}
         self.work = 0
-        self.known = {"": []}
+        self.known = {}
 
     def values(self, text):
-        """[its value] for a constant, its values at all points for an expression with variables, and
-        [] for a text without a value, or without one within the bounds."""
+        """The values of an expression at all points, [] if it has none or none within the bounds."""
         if text in self.known:
             return self.known[text]
         values = self.known[text] = []
         tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
-        self.varies = True
+        points = 10 if self.whole else 2
         try:
-            while self.varies and len(values) < (10 if self.whole else 2):
+            while len(values) < points:
                 self.tokens = tokens.copy()
                 self.point = len(values)
                 self.depth = 0
                 self.varies = False
                 values.append(self.expression(END))
-                assert self.tokens == [""]
+                if self.tokens != [""]:
+                    raise ValueError("a stray bracket")
+                if not self.varies:
+                    values *= points
         except FAILURES:
             values.clear()
         return values
-
-    def binding(self):
-        """How strongly the next token binds to what precedes it."""
-        token = self.tokens[-1]
-        return BINDING.get(token, PRODUCT if token[1:] in FUNCTIONS else FACTOR)
 
     def expression(self, strength):
         """The value of an operand and of what binds to it more strongly than `strength`."""
@@ -352,48 +351,50 @@ class Evaluator:
             token = self.tokens.pop() if self.tokens[-1] in BINDING else "*"
             if token == "!":
                 value = self.apply("!", value)
+            elif self.tokens[-1][:1] in DIGITS and binding == FACTOR:
+                raise ValueError("x 2 is not a product")
             else:
                 right = self.expression(FACTOR if binding == PRODUCT else binding)
                 value = self.apply(token, value, right)
         return value
 
+    def binding(self):
+        token = self.tokens[-1]
+        return BINDING.get(token, PRODUCT if token[1:] in FUNCTIONS else FACTOR)
+
     def atom(self):
-        """The value of a number, variable or group, or of a command with its arguments."""
+        """The value of a number, name or group, or of a command with its arguments."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise RecursionError
         token = self.tokens.pop()
         name = TEXT.sub(r"\1", token).strip("\\ ")
-        if self.tokens and self.tokens[-1][:1] == "_" and name != "logbase":
-            value = self.variable(name + self.tokens.pop())  # with its subscript
+        if self.tokens[-1][:1] == "_":  # a subscript
+            value = self.variable(name + self.tokens.pop())
         elif token in CLOSING:
             value = self.expression(END)
             if self.tokens.pop() != CLOSING[token]:
                 raise ValueError("brackets")
-        elif token[0].isdigit() or token[0] == ".":
+        elif token[0] in DIGITS:
             value = Fraction(token)
-        elif name in ARGUMENTS or name in FUNCTIONS:
-            value = self.command(name)
-        elif token == "°":
-            value = self.degree
-        elif name in CONSTANTS:
-            value = CONSTANTS[name]
+        elif name in self.constants:
+            value = self.constants[name]
         else:
-            value = self.variable(name)
+            value = self.command(name) if name in OPERATIONS else self.variable(name)
         self.depth -= 1
         return value
 
     def command(self, name):
         r"""A command takes groups; a function then takes all factors that follow, as in \sin 2x."""
         operands = [self.atom() for _ in range(ARGUMENTS.get(name, 0))]
-        power = Fraction(1)
+        exponent = Fraction(1)
         if name in FUNCTIONS:
             if self.tokens[-1] == "^":
                 self.tokens.pop()
-                power = self.expression(POWER)
+                exponent = self.expression(POWER)
             grouped = self.tokens[-1] in CLOSING
             operands.append(self.atom() if grouped else self.expression(PRODUCT))
-        return self.apply("^", self.apply(name, *operands), power)
+        return self.apply("^", self.apply(name, *operands), exponent)
 
     def variable(self, name):
         if not name[:1].isalnum():
@@ -406,7 +407,15 @@ class Evaluator:
 
     def apply(self, name, *operands):
         """The value of an operation. Raises where it has none, or none that can be held."""
-        size = _size(name, *operands)
+        first = operands[0]
+        fractions = [value for value in operands if isinstance(value, Fraction)]
+        if name in ("!", "binom"):  # about how many bits the result has
+            size = abs(first.real) * math.log2(2 + abs(first.real))
+        elif name == "^" and len(fractions) == 2:
+            size = abs(operands[1]) * math.log2(max(abs(first.numerator), first.denominator))
+        else:
+            size = sum(value.numerator.bit_length() + value.denominator.bit_length()
+                       for value in fractions)
         self.work += size + 100
         if size > MAX_BITS or self.work > MAX_WORK:
             raise OverflowError
@@ -416,46 +425,28 @@ class Evaluator:
         if name in ("*", "/", "frac", "^", "exp"):
             if value == 0 and all(operands) or cmath.isinf(value) and math.inf not in operands:
                 raise OverflowError  # too small or too large for a float
-        elif abs(value) < 1e-14 * abs(operands[0]):  # floats that cancel, as in sin(pi)
+        elif abs(value) < 1e-14 * abs(first):  # floats that cancel, as in sin(pi)
             value = 0.0
         return value
 
 
-# ------------------------------------------------------------------------------------------
 # Comparison: an answer is read as a tree of equations, groups (lists, tuples, ...) and leaves.
 
 STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
 KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}": "determinant",
          "()": "()", "[]": "[]", "(]": "(]", "[)": "[)"}
-RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
 TURNED = {">": "<", r"\ge": r"\le"}
-NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\)", re.ASCII)
-# A unit: texts or words at the end of a leaf, unless they express doubt, offer a choice or change
-# the number.
-EXPONENT = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
-WORD = (r"(?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz|lbs?|min|sec|hrs?|mph|USD|men|day)"
-        r"(?![A-Za-z])\.?")
-UNIT = re.compile(
-    rf"(?:(?: \\text ?\{{[^{{}}]*\}}{EXPONENT})+"
-    rf"| {WORD}{EXPONENT}(?:(?: [A-Za-z]{{2,}}|/[A-Za-z]+){EXPONENT}){{0,4}}) ?$", re.ASCII)
-HEDGE = re.compile(
-    r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
-    r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
-    r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
-    r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
-WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4}")
+NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
+NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
 LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
-
 # The forms of a plain gold and of a plain answer.
 _OPEN = r"[-+({]*"
 _CLOSE = r"[)}]*"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
-_GOLD = (  # a mixed number, a fraction, a number
-    rf"\(\d+\+\\frac\{{\d+\}}\{{\d+\}}\)"
-    rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
-    rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
+_GOLD = (r"\\mixed\{\d+\}\{\d+\}\{\d+\}"
+         rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
+         rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
 _POWER = (  # 1e5, 4*10^{5}, 10^{5}
     rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}}|{_CLOSE}\^\{{[-+]?\d+\}})")
 PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_GOLD}){_CLOSE}[%°]?")
@@ -489,12 +480,12 @@ def answers_equal(answer, gold):
     if PLAIN.fullmatch(a) and PLAIN.fullmatch(b):
         number = Fraction if "." in a + b else int
         return number(a) == number(b)
-    evaluator = Evaluator([a, b])
     # 100,200 is one number or, unless a group begins with 0, two: whichever makes them equal.
     readings = [(_join_groups(a), _join_groups(b))]
     if readings != [(a, b)] and not re.search(r",0\d\d", a + "\n" + b):
         readings.append((a, b))
-    return any(_equal(_read(a, evaluator), _read(b, evaluator), evaluator) for a, b in readings)
+    evaluator = Evaluator([a, b])
+    return any(_equal(_read(a), _read(b), evaluator) for a, b in readings)
 
 
 def _join_groups(text):
@@ -504,9 +495,9 @@ def _join_groups(text):
 
 
 class Node(NamedTuple):
-    kind: str          # leaf, text (a leaf without a value), =, list, set, matrix, (), [), ...
-    text: str = ""     # of a leaf: its source; of an equation: the left side
-    items: list = ()   # of a group; of an equation: the right side, and left - right
+    kind: str         # leaf, =, list, set, matrix, (), [), ...
+    text: str = ""    # of a leaf; of an equation: the left side
+    items: list = ()  # of a group; of an equation: the right side, and left - right
 
 
 def _split(text, separators):
@@ -523,67 +514,54 @@ def _split(text, separators):
     return [text] if depth else [*parts, text[start:]]  # a stray bracket makes it a text
 
 
-def _read(text, evaluator, kind="list", depth=0):
-    """The node of a cleaned text, or of what the brackets of a group of this kind enclose."""
+def _read(text, depth=0):
+    """The node of a cleaned text."""
     items = []
-    for item in _split(text, ",;")[::2]:
-        if kind in ("list", "set") and re.search(r"^(?!\\\{).*\\[pm]{2}(?![a-z])", item):
+    for item in filter(str.strip, _split(text, ",;")[::2]):
+        if re.search(r"^ ?(?!\\\{).*\\(?:pm|mp)\b", item):
             items.append(item.replace(r"\pm", "+").replace(r"\mp", "-"))
             items.append(item.replace(r"\pm", "-").replace(r"\mp", "+"))
-        elif item.strip():
+        else:
             items.append(item)
-    nodes = [_read_item(item.strip(), evaluator, depth) for item in items]
-    if len(nodes) == 1 and kind in ("list", "set", "()", "[]"):
-        return nodes[0]
-    return Node(kind, items=nodes)
-
-
-def _read_item(text, evaluator, depth):
-    """An equation, an interval (also written as an inequality), a group or a leaf."""
+    if len(items) != 1:
+        return Node("list", items=[_read(item, depth) for item in items])
+    text = items[0].strip()
     parts = _split(text, RELATIONS)
-    sides = parts[::2]
-    signs = parts[1::2]
-    named = [bool(NAME.fullmatch(_letters(side))) for side in sides]
-    if signs == [r"\in"] and named[0]:
-        return _read_item(sides[1].strip(), evaluator, depth)
-    if signs and set(signs) == {"="}:
-        difference = Node("leaf", f"({sides[0]})-({sides[-1]})")
-        if named[-1] and not named[0]:  # 5 = x
-            sides.reverse()
-        return Node("=", _letters(sides[0]), [_read_item(sides[-1].strip(), evaluator, depth), difference])
-    if signs and signs[0] in TURNED:  # so that they rise
-        signs = [TURNED.get(sign, sign) for sign in signs[::-1]]
-        sides.reverse()
-        named.reverse()
-    if signs:
-        interval = named in ([True, False], [False, True], [False, True, False])
-        if not interval or not {"<", r"\le"}.issuperset(signs):
-            return Node("text", text)
-        low = r"-\infty" if named[0] else sides[0]
-        high = r"\infty" if named[-1] else sides[-1]
-        opening = "[" if signs[0] == r"\le" and not named[0] else "("
-        closing = "]" if signs[-1] == r"\le" and not named[-1] else ")"
-        return Node(opening + closing, items=[_read_leaf(low, evaluator), _read_leaf(high, evaluator)])
-    if text == r"\emptyset":
-        return Node("set")
+    if len(parts) > 1:
+        return _read_relation(text, parts[::2], parts[1::2], depth)
     opening = OPENING.match(text)
-    parts = _split(text[opening.end():], (")", "]", "}", r"\}")) if opening else []
-    if len(parts) == 3 and not parts[2] and depth < MAX_DEPTH:
-        kind = KINDS.get(opening[0].replace(" ", "") + parts[1])
+    if opening and depth < MAX_DEPTH:
+        inner, *closing = _split(text[opening.end():], (")", "]", "}", r"\}"))
+        kind = KINDS.get(opening[0] + closing[0]) if closing[1:] == [""] else None
         if kind:
-            return _read(parts[0], evaluator, kind, depth + 1)
-    return _read_leaf(text, evaluator)
+            inner = _read(inner, depth + 1)
+            items = inner.items if inner.kind == "list" else [inner]
+            if len(items) == 1 and kind in ("list", "set", "()", "[]"):
+                return items[0]
+            if len(items) == 1 and kind == "matrix" and items[0].kind == "()":
+                return Node("row", items=items[0].items)
+            return Node(kind, items=items)
+    return Node("set") if text == r"\emptyset" else Node("leaf", text)
 
 
-def _read_leaf(text, evaluator):
-    """A leaf without its unit. Only a number loses it."""
-    unit = UNIT.search(text)
-    if not unit:
-        return Node("leaf", text)
-    number = text[:unit.start()]
-    if HEDGE.search(unit[0]) or len(evaluator.values(number)) != 1:
-        return Node("text", text)
-    return Node("leaf", number)
+def _read_relation(text, sides, signs, depth):
+    """An equation, or an interval that is written as an inequality."""
+    if signs[0] in TURNED:  # so that they rise
+        signs = [TURNED.get(sign, sign) for sign in reversed(signs)]
+        sides = sides[::-1]
+    named = [NAMED.match(_letters(side) + "=") is not None for side in sides]
+    if signs == [r"\in"] and named[0]:
+        return _read(sides[1], depth)
+    if set(signs) == {"="}:
+        if named[-1] and not named[0]:  # 5 = x
+            sides = sides[::-1]
+        difference = Node("leaf", f"({sides[0]})-({sides[-1]})")
+        return Node("=", sides[0], [_read(sides[-1], depth), difference])
+    if {"<", r"\le"}.issuperset(signs) and named in ([True, False], [False, True], [False, True, False]):
+        low = r"(-\infty" if named[0] else {"<": "("}.get(signs[0], "[") + sides[0]
+        high = r"\infty)" if named[-1] else sides[-1] + {"<": ")"}.get(signs[-1], "]")
+        return _read(f"{low},{high}", depth)
+    return Node("leaf", text)
 
 
 @lru_cache(maxsize=4096)
@@ -591,94 +569,80 @@ def _letters(text):
     """A text without spaces; words also without case."""
     text = TEXT.sub(r"\1", text).replace(" ", "")
     word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
-    return text.casefold() if word or WORDS.search(text) else text
+    words = word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text)
+    return text.casefold() if words else text
 
 
 def _equal(a, b, evaluator):
     """Whether the nodes of an answer and a gold are equal."""
     kinds = {a.kind, b.kind}
+    if kinds == {"leaf"}:
+        return _equal_leaves(_letters(a.text), _letters(b.text), a.text, b.text, evaluator)
     if kinds == {"="}:
-        if a.text == b.text:
+        if _letters(a.text) == _letters(b.text):
             return _equal(a.items[0], b.items[0], evaluator)
         xs = evaluator.values(a.items[1].text)
         ys = evaluator.values(b.items[1].text)
-        if len(set(xs)) < 2 or len(set(ys)) < 2:
-            return False
-        return all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))  # 2x - y = 0 is y = 2x
+        varies = len(set(xs)) > 1 and len(set(ys)) > 1
+        return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))  # proportional
     if a.kind == "=":
-        return _names(a, b, evaluator) and _equal(a.items[0], b, evaluator)
+        plain = b.kind == "leaf" and PLAIN_GOLD.fullmatch(_letters(b.text))
+        return _names(a, evaluator, plain) and _equal(a.items[0], b, evaluator)
     if b.kind == "=":
-        return _names(b, a, evaluator, gold=True) and _equal(a, b.items[0], evaluator)
-    if kinds <= {"leaf", "text"}:
-        return _equal_leaves(a, b, evaluator)
-    if a.kind == "matrix" != b.kind and len(a.items) == 1:
-        return _equal(a.items[0], b, evaluator)
-    if b.kind == "matrix" != a.kind and len(b.items) == 1:
-        return _equal(a, b.items[0], evaluator)
-    if kinds & {"leaf", "text"} or len(a.items) != len(b.items):
+        return _names(b, evaluator, False) and _equal(a, b.items[0], evaluator)
+    if len(a.items) != len(b.items):
         return False
-    if kinds > {"list", "set"} or len(a.items) > MAX_ITEMS:
-        return False
-    if kinds <= {"list", "set"}:  # in any order
+    if kinds <= {"list", "set"} and len(a.items) <= MAX_ITEMS:  # in any order
         left = list(b.items)
         for item in a.items:
-            found = [other for other in left if _equal(item, other, evaluator)]
+            found = [place for place, other in enumerate(left) if _equal(item, other, evaluator)]
             if not found:
                 return False
-            left.remove(found[0])
+            del left[found[0]]
         return True
     # A tuple may lose its parentheses, and a vector may be written as a tuple.
-    alike = len(kinds) == 1 or kinds in ({"list", "()"}, {"matrix", "()"})
+    alike = len(kinds) == 1 or "()" in kinds and kinds <= {"()", "list", "matrix", "row"}
     return alike and all(_equal(x, y, evaluator) for x, y in zip(a.items, b.items))
 
 
-def _names(equation, other, evaluator, gold=False):
-    """Whether an equation only names its right side."""
-    name = equation.text
-    right = equation.items[0]
-    words = len(name) > 1 and (name + _letters(right.text)).isalpha()  # SRAC = LRAC are two
-    if NAME.fullmatch(name) and not words:
+def _names(equation, evaluator, plain):
+    """Whether an equation stands for its right side."""
+    left = equation.text
+    if NAMED.match(f"{_letters(left)}={_letters(equation.items[0].text)}"):  # x = 5
         return True
     difference = evaluator.values(equation.items[1].text)
     if difference and not any(difference):  # 2 + 3 = 5
         return True
-    if gold or other.kind != "leaf" or not PLAIN_GOLD.fullmatch(_letters(other.text)):
-        return False
-    left = evaluator.values(name)
-    return len(left) > 1 or not left and LETTER.search(name) is not None  # m + n = 113
+    values = evaluator.values(left)
+    return bool(plain and (len(set(values)) > 1 or not values and LETTER.search(left)))  # m + n = 113
 
 
-def _equal_leaves(a, b, evaluator):
+def _equal_leaves(a, b, a_source, b_source, evaluator):
     """Whether two numbers, expressions or texts are equal."""
-    one = _letters(a.text)
-    two = _letters(b.text)
-    if one and one == two:
+    if a and a == b:
         return True
-    if "_" in one + two and BASE.sub(r"\1", one) == BASE.sub(r"\1", two):
-        return not (BASE.match(one) and BASE.match(two))  # 52 is 52_8, 52_9 is not
-    if PLAIN_GOLD.fullmatch(two) and not PLAIN_ANSWER.fullmatch(one):
+    if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
+        return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
+    if PLAIN_GOLD.fullmatch(b) and not PLAIN_ANSWER.fullmatch(a):
         return False  # the work is left undone
-    if one.isalpha() and two.isalpha() and not len(one) == len(two) == 2 or "text" in (a.kind, b.kind):
+    if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
         return False  # words, but xy is yx
-    xs = evaluator.values(a.text)
-    ys = evaluator.values(b.text)
+    xs = evaluator.values(a_source)
+    ys = evaluator.values(b_source)
     if not xs or not ys:
         return False
-    if len(xs) != len(ys):  # a constant has one value
-        xs = xs * (len(ys) // len(xs) or 1)
-        ys = ys * (len(xs) // len(ys) or 1)
     if all(map(_close, xs, ys)):
         return True
-    if one.endswith("%") != two.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
-        scale = 100 if one.endswith("%") else Fraction(1, 100)
+    if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
+        scale = 100 if a.endswith("%") else Fraction(1, 100)
         return all(_close(x * scale, y) for x, y in zip(xs, ys))
-    return len(xs) == 1 and (_rounds(one, xs[0], ys[0]) or _rounds(two, ys[0], xs[0]))
+    return all(_rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
 
 
 def _rounds(text, x, y):
     """Whether a decimal with eight digits or more, worth x, is y rounded or cut off."""
     decimal = DECIMAL.fullmatch(text)
-    if not decimal or len((decimal[1] + decimal[2]).lstrip("0")) < 8 or isinstance(y, Fraction) and False:
+    if not decimal or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
         return False
     step = 10.0 ** -len(decimal[2])
     return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
