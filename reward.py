@@ -36,7 +36,6 @@ import unicodedata
 import zlib
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
 
 
 def score(completion, golds):
@@ -60,10 +59,10 @@ LABEL_START = re.compile(
     r"(?:^|[\n.!?;}>])(?:[\s*_#>|$()\\\]\",-]|\d\)|and ){0,20}(?:[Ff]inal )?$")
 # A label owns the boxes of its line or, if that has none, the box that follows immediately.
 LABEL_REACH = re.compile(r"[^\n]{0,1000}|[\s$*_:>\\\[\](){}-]{0,100}")
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s{0,9}")
-ANYWHERE = re.compile("")
+# A box without braces needs a value: digits, a command or a letter; "\boxed as asked" is prose.
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s{0,9}(?:(?=\{)|([-+]?\.?\d[^\s$\\{}]{0,99}"
+                 r"|[-+]?\\[A-Za-z]+[^\s$]{0,99}|[A-Za-z](?![A-Za-z])))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-UNBRACED = re.compile(r"[-+]?\.?\d[^\s$\\{}]*|[-+]?\\[A-Za-z]+[^\s$]*|[A-Za-z](?![A-Za-z])")
 PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{[\s.…]*\})*")
 
 
@@ -77,9 +76,10 @@ def extract_answers(completion, n):
     thinking, _, reply = completion.rpartition("</think>")
     answers = {index: (False, None) for index in range(1, n + 1)}  # (has braces, content)
     for part in (thinking, reply):
-        for (index, _), starts in sorted(_boxes(part, n).items()):  # labelled boxes come second
-            for start in starts[-MAX_TRIES:] if index in answers else []:
-                braced, content = _box(part, start)
+        for (index, _), boxes in sorted(_boxes(part, n).items()):  # labelled boxes come second
+            for box in boxes[-MAX_TRIES:] if index in answers else []:
+                content = box[1] or _braced(part, box.end())
+                braced = not box[1] and content != "i"  # the i of the prompt's `Answer i:`
                 if not PLACEHOLDER.fullmatch(content) and (braced or not answers[index][0]):
                     answers[index] = (braced, content)
     return [content for _, content in answers.values()]
@@ -115,11 +115,11 @@ def _index(mark, section):
 
 
 def _boxes(completion, n):
-    """{(index, whether they are labelled): where its boxes begin, in order}."""
+    """{(index, whether they are labelled): its boxes, in order}."""
     text = _normalize(completion)
     headers = _marks(text, "Problem", HEADER, HEADER_START)
     labels = _marks(text, "Answer", LABEL, LABEL_START)
-    boxes = _marks(text, "box", BOX, ANYWHERE)
+    boxes = _marks(text, "box", BOX, re.compile(""))
     section = int(n == 1 and not headers)  # a single problem needs no header
     label = None
     found = {}
@@ -132,55 +132,51 @@ def _boxes(completion, n):
         else:
             labelled = bool(label and LABEL_REACH.fullmatch(text, label.end(), mark.start()))
             index = _index(label, section) if labelled else section
-            found.setdefault((index, labelled), []).append(mark.end())
+            found.setdefault((index, labelled), []).append(mark)
     return found
 
 
-def _box(text, start):
-    """(whether the box at `start` has braces, its content: "" if it has none or never closes)."""
-    if text[start:start + 1] != "{":
-        value = UNBRACED.match(text, start, start + MAX_LENGTH)
-        return False, value[0] if value else ""
+def _braced(text, start):
+    """What the braces at `start` enclose, "" if they never close."""
     depth = 0
     for brace in BRACE.finditer(text, start, start + MAX_LENGTH):
-        depth += (brace[0] == "{") - (brace[0] == "}")
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            content = text[start + 1:brace.start()].strip()
-            return content != "i", content  # the i of the prompt's `Answer i:` overrides nothing
-    return False, ""
+            return text[start + 1:brace.start()].strip()
+    return ""
 
 
 # Cleaning: one spelling for what LaTeX, Unicode and plain text write in several ways.
 
-
-GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
-         "varsigma sigma tau upsilon phi chi psi omega").split()
-SPELLINGS = {chr(code): rf"\{name} " for code, name in enumerate(GREEK, ord("α"))} | {"\\ ": " "}
-for meaning, names in {
-    "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \boxed \fbox "
-        r"\mathbb \mathbf \mathit \mathsf \mathcal \bm \boldsymbol \operatorname \! \( \) \[ \] $ \$ € £ ¥",
-    " ": r"~ \, \; \: \quad \qquad", "-": "− – — ‐ ‑ ‒", "*": r"× · ⋅ ∙ \times \cdot \ast",
-    "/": r"÷ ⁄ ∕ \div", "=": r"≈ := \approx", "<": r"\lt", ">": r"\gt", ",": r"∪ \cup \lor \land",
-    r"\le": r"≤ ⩽ <= \leq \leqslant", r"\ge": r"≥ ⩾ >= \geq \geqslant", r"\ne": r"≠ \neq", r"\in": "∈",
-    r"\pm": "± +/-", r"\mp": "∓", "'": "′ ’", "%": r"\%", "|": r"\vert \lvert \rvert \mid",
-    "(": r"\langle", ")": r"\rangle", "[": r"\lbrack", "]": r"\rbrack", r"\{": r"\lbrace",
-    r"\}": r"\rbrace", r"\floor{": r"\lfloor", r"\ceil{": r"\lceil", "}": r"\rfloor \rceil",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "√", r"\infty": "∞", r"\emptyset": r"∅ \varnothing",
-    r" \text": r"\textbf \textit \textrm \textsf \textnormal \mathrm \mbox \text", "°": r"\degree",
-}.items():
-    SPELLINGS |= dict.fromkeys(names.split(), meaning + " " * meaning[-1:].isalpha())
-NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
-# A unit is texts or words that follow a number and end an answer or an item, but not those that
-# express doubt, offer a choice or change the number.
-EXPONENT = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?"
-UNIT = (rf"(?<=[\d.)}}°%!i])(?:(?: \\text ?\{{[^{{}}]*\}}{EXPONENT})+| (?:[A-Za-z]{{4,}}|[cmk]?m|[mk]?g"
-        rf"|s|ft|in|sq|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?{EXPONENT}"
-        rf"(?:(?: [A-Za-z]{{2,}}|/[A-Za-z]+){EXPONENT}){{0,4}})(?= ?(?:[,;)}}\]]|\\\}}|$))")
-HEDGE = re.compile(
+SPELLINGS = {}
+for line in r"""
+nothing \left \right \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \boxed \fbox
+nothing \operatorname \mathbb \mathbf \mathit \mathsf \mathcal \bm \boldsymbol \! \( \) \[ \] $ \$
+nothing € £ ¥  space ~ \, \; \: \quad \qquad  - − – — ‐ ‑ ‒  * × · ⋅ ∙ \times \cdot \ast  / ÷ ⁄ ∕ \div
+= ≈ := \approx  < \lt  > \gt  \le ≤ ⩽ <= \leq \leqslant  \ge ≥ ⩾ >= \geq \geqslant  \ne ≠ \neq  \in ∈
+, ∪ \cup \lor \land  \pm ± +/-  \mp ∓  ' ′ ’  % \%  | \vert \lvert \rvert \mid  \infty ∞  \sqrt √
+( \langle  ) \rangle  [ \lbrack  ] \rbrack  \{ \lbrace  \} \rbrace  \floor{ \lfloor  \ceil{ \lceil
+} \rfloor \rceil  \emptyset ∅ \varnothing  ° \degree  \frac \dfrac \tfrac \cfrac
+\text \textbf \textit \textrm \textsf \textnormal \mathrm \mbox
+\alpha α  \beta β  \gamma γ  \delta δ  \epsilon ε  \zeta ζ  \eta η  \theta θ  \iota ι  \kappa κ
+\lambda λ  \mu μ  \nu ν  \xi ξ  \omicron ο  \pi π  \rho ρ  \varsigma ς  \sigma σ  \tau τ
+\upsilon υ  \phi φ  \chi χ  \psi ψ  \omega ω
+""".replace("  ", "\n").strip().splitlines():
+    meaning, *names = line.split()
+    meaning = {"nothing": "", "space": " "}.get(meaning, meaning)
+    SPELLINGS |= dict.fromkeys(names, meaning + " " * meaning[-1:].isalpha())
+SPELLINGS["\\ "] = " "
+UNIT = (  # texts or words that follow a number and end an answer or an item
+    r"(?<=[\d.)}°%!i])(?:(?: \\text ?\{[^{}]*\}POWER)+| (?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz"
+    r"|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?POWER(?:(?: [A-Za-z]{2,}|/[A-Za-z]+)POWER)"
+    r"{0,4})(?= ?(?:[,;)}\]]|\\\}|$))").replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
+HEDGE = re.compile(  # but words that express doubt, offer a choice or change the number are no unit
     r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
     r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
     r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
     r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
+NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
+MIXED = r"\\mixed{\1}{\2}{\3}"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
     ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),       # 1{,}234  10,\!080
@@ -191,13 +187,13 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("{(", r"\\\\", "),("),
     ("", r"\\(?:[A-Za-z]+|.)|[$~]|[<>:]=|\+/-|[^\x00-\x7f]",                    # \dfrac  \leq  ∞
      lambda match: SPELLINGS.get(match[0], match[0])),
+    ("\\text", r"\\text", r" \\text"),
     ("", r"\s+", " "),
     ("\\text", r" ?\\text ?\{ ?([ei]|[\d., -]*) ?\}|^[ {]*\\text ?\{([^{}]*)\}[ .}]*$", r"\1\2"),
     ("", r" ?\\text ?\{[ ,]*(?:and|or) ?\}|\b(?:and|or)\b", ","),               # 1 \text{ or } 2
     ("percent", r" ?(?:percent|\\text ?\{ ?percent ?\})$", "%"),                # 50 percent
     ("", r"\* ?(?=\\text)|(?<=\d)(?=(?:[cmk]m|[mk]g)\b)", " "),                 # 5cm
-    (" ", r"(?<![\d.,/^_])(?<!\d )\d{1,3}(?: \d{3}){1,9}(?![\d/]| \d)",         # 1 234
-     lambda match: match[0].replace(" ", "")),
+    (" ", r"(?<!\d{4})(?<=\d) (?=\d{3}(?: \d{3})*(?![\d/]| \d))", ""),          # 1 234
     ("°", r"°(?: ?[CF]\b)?", "°"),                                              # 5°C
     ("circ", r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?[CF]\b)?", "°"),             # 90^\circ
     ("prime", r" ?\^ ?(?:\{ ?\\prime ?\}|\\prime)", "'"),                       # y^{\prime}
@@ -205,26 +201,25 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("^", r"\^ ?(\d)(?!\.\d)", r"^{\1}"),                                       # 2^12 is 2^1 2
     ("\\", r"(\\(?:frac|binom|sqrt)) ?(\d)", r"\1{\2}"),                        # \frac12
     ("\\", r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),                 # \frac{1}2
-    ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r"\\mixed{\1}{\2}{\3}"),
-    ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", r"\\mixed{\1}{\2}{\3}"),  # 1 4/5
+    ("\\frac", r"(?<![\d.^_}/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", MIXED),
+    ("/", r"(?<![\d.^_}/])(\d+) (\d+)/(\d+)(?![\d.])", MIXED),                  # 1 4/5
     ("\\over", r"\{?([^{}]*)\\over(?![a-z])([^{}]*)\}?", r"\\frac{\1}{\2}"),    # {1 \over 2}
     ("\\choose", r"\{?([^{}]*)\\choose(?![a-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
     ("line", r"(\d*\.\d*)\\overline ?\{ ?(\d{1,30}) ?\}", r"\1" + 9 * r"\2"),   # 0.\overline{3}
     ("\\sqrt", r"\\sqrt ?\[([^\[\]]*)\]", r"\\root{\1}"),                       # \sqrt[3]{7}
     ("-1", r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1"),                     # \tan^{-1}
     ("|", r"\|([^|]*)\|", r"\\abs{\1}"),                                        # |x|
-    (")", r"\)(?= ?\d)", ")*"),                                                 # (n-2)2^n
     ("_", r"_ ?(?:\{ ?(\w+) ?\}|\{ ?\\text ?\{ ?(\w+) ?\} ?\}|(\d+|[A-Za-z]))", r"_{\1\2\3}"),
     ("_", r"\(([\dA-F]+)\)(?=_)", r"\1"),                                       # (52)_8
-    ("", rf"(?<!\\)(?<![A-Za-z][A-Za-z])({NAMES}|pi)(?![A-Za-z]|$)", r"\\\1"),  # sqrt(2)  2 pi
-    ("", r"(?<![\\A-Za-z])pi$", r"\\pi"),
+    ("", rf"(?<!\\)(?<![A-Za-z][A-Za-z])(?:({NAMES})(?![A-Za-z]|$)|(pi)(?![A-Za-z]))", r"\\\1\2"),
     ("log", r"\\log ?_", r"\\logbase"),                                         # \log_2 8
     ("inf", r"\\?\b(?:[Ii]nfinity|inf)\b", r"\\infty"),
+    ("+", r"(^|[(\[,=]) ?\+", r"\1"),                                           # (2,+\infty)
     ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                      # (C)  C.  C)
     ("]", r"(^|,|\\in|=) ?\]", r"\1("),                                         # ]1,2[ is (1,2)
     ("[", r"\[(?= ?,| ?$)", ")"),
+    (" ", UNIT, lambda match: match[0] if HEDGE.search(match[0]) else ""),      # 5 cm
     (" ", r"(?<=\d) (?=\d)", "~"),                                              # 1 2 is not 12
-    (" ", UNIT, lambda match: match[0] if HEDGE.search(match[0]) else ""),
 )]
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")  # needs no cleaning; most golds are
 
@@ -248,20 +243,14 @@ def _clean(text):
 
 # Value: an expression is computed by recursive descent over its tokens.
 
-DIGITS = frozenset("0123456789.")
-MAX_DEPTH = 30      # nested brackets and commands
-MAX_BITS = 130_000  # of a number; the factorial of 5000 has 54,000
-MAX_WORK = 500_000  # bits computed in one comparison, and 100 for each step
+MAX_BITS = 130_000  # of a power
+MAX_FACTORIAL = 5000
+MAX_WORK = 350_000  # bits read and written in one comparison, and 150 for each step
 TOKEN = re.compile(
     r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100), "infty": math.inf}
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to what precedes it
-BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
-RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
-BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
+TOLERANCE = Fraction(1, 10**12)  # of a whole number
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
@@ -272,43 +261,54 @@ def _log(a):
 
 
 def _power(a, b):
-    if not isinstance(a, Fraction) or not isinstance(b, Fraction) or b.denominator == 1:
+    if not isinstance(a, Fraction) or not isinstance(b, Fraction):
         return a ** b
+    if abs(b) * math.log2(max(abs(a.numerator), a.denominator)) > MAX_BITS:
+        raise OverflowError
     if a < 0 and b.denominator % 2:  # the real root of a negative number
         return (-1) ** b.numerator * _power(-a, b)
     root = Fraction(math.isqrt(abs(a.numerator)), math.isqrt(a.denominator))
     if b.denominator == 2 and root * root == a:
         return root ** b.numerator
-    return math.exp(b * _log(a)) if a > 0 else a ** b
+    return math.exp(b * _log(a)) if a > 0 and b.denominator > 1 else a ** b
 
 
 def _factorial(a):
+    if a.real > MAX_FACTORIAL:
+        raise OverflowError
     whole = isinstance(a, Fraction) and a.denominator == 1 and a >= 0
     return Fraction(math.factorial(int(a))) if whole else math.gamma(a + 1)
 
 
-FUNCTIONS = {"ln": _log, "log": _log, "logbase": lambda b, a: _log(a) / _log(b),
-             "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda a: 1 / cmath.tan(a),
-             "sec": lambda a: 1 / cmath.cos(a), "csc": lambda a: 1 / cmath.sin(a),
-             "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
-             "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp}
+FUNCTIONS = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda a: 1 / cmath.tan(a),
+    "sec": lambda a: 1 / cmath.cos(a), "csc": lambda a: 1 / cmath.sin(a), "sinh": cmath.sinh,
+    "cosh": cmath.cosh, "tanh": cmath.tanh, "arcsin": cmath.asin, "arccos": cmath.acos,
+    "arctan": cmath.atan, "exp": cmath.exp, "ln": _log, "log": _log,
+    "logbase": lambda b, a: _log(a) / _log(b)}
 OPERATIONS = FUNCTIONS | {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power,
-    "frac": operator.truediv, "mixed": lambda whole, top, bottom: whole + top / bottom,
+    "!": _factorial, "frac": operator.truediv, "mixed": lambda a, b, c: a + b / c, "abs": abs,
     "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
-    "!": _factorial, "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
-    "abs": abs, "floor": lambda a: Fraction(math.floor(a.real + Fraction(1, 10**12))),
-    "ceil": lambda a: Fraction(math.ceil(a.real - Fraction(1, 10**12)))}
-ARGUMENTS = {"frac": 2, "mixed": 3, "sqrt": 1, "root": 2, "binom": 2, "abs": 1, "floor": 1, "ceil": 1,
-             "logbase": 1}
+    "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
+    "floor": lambda a: Fraction(math.floor(a.real + TOLERANCE)),
+    "ceil": lambda a: Fraction(math.ceil(a.real - TOLERANCE))}
+GROUPS = {"frac": 2, "mixed": 3, "abs": 1, "sqrt": 1, "root": 2, "binom": 2, "floor": 1, "ceil": 1,
+          "logbase": 1}  # how many follow a command
+CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100)}
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
+END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to what precedes it
+BINDING = {"\\" + name: PRODUCT for name in FUNCTIONS} | {
+    "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
 
 
 class Evaluator:
     """The values of expressions in one comparison. Numbers are fractions while they are exact, else
     floats. Variables have values at a few points, which are drawn from the text of both answers."""
 
-    def __init__(self, texts):
-        both = "\n".join(sorted(texts))
+    def __init__(self, both):
         self.seed = zlib.crc32(both.encode(errors="replace"))
         self.whole = r"\floor" in both or r"\ceil" in both  # variables are whole numbers
         self.signed = r"\abs" in both
@@ -319,74 +319,59 @@ class Evaluator:
 
     def values(self, text):
         """The values of an expression at all points, [] if it has none or none within the bounds."""
-        if text in self.known:
-            return self.known[text]
-        values = self.known[text] = []
-        tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
-        points = 10 if self.whole else 2
-        try:
-            while len(values) < points:
-                self.tokens = tokens.copy()
-                self.point = len(values)
-                self.depth = 0
-                self.varies = False
-                values.append(self.expression(END))
-                if self.tokens != [""]:
-                    raise ValueError("a stray bracket")
-                if not self.varies:
-                    values *= points
-        except FAILURES:
-            values.clear()
-        return values
+        if text not in self.known:
+            points = range(10 if self.whole else 2)
+            try:
+                self.known[text] = [self.value(text, point) for point in points]
+            except FAILURES:
+                self.known[text] = []
+        return self.known[text]
+
+    def value(self, text, point):
+        self.point = point
+        self.tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
+        value = self.expression(END)
+        if self.tokens != [""]:
+            raise ValueError("a stray bracket")
+        return value
 
     def expression(self, strength):
         """The value of an operand and of what binds to it more strongly than `strength`."""
-        signs = []
-        while self.tokens[-1] in ("+", "-"):
-            signs.append(self.tokens.pop())
-        value = self.expression(FACTOR) if signs else self.atom()
-        if signs.count("-") % 2:
-            value = -value
-        while (binding := self.binding()) > strength:
-            token = self.tokens.pop() if self.tokens[-1] in BINDING else "*"
+        if self.tokens[-1] in ("+", "-"):
+            sign = self.tokens.pop()
+            value = self.expression(FACTOR)
+            value = -value if sign == "-" else value
+        else:
+            value = self.atom()
+        while (binding := BINDING.get(self.tokens[-1], FACTOR)) > strength:
+            token = self.tokens.pop() if self.tokens[-1] in OPERATIONS else "*"
             if token == "!":
                 value = self.apply("!", value)
-            elif self.tokens[-1][:1] in DIGITS and binding == FACTOR:
-                raise ValueError("x 2 is not a product")
             else:
                 right = self.expression(FACTOR if binding == PRODUCT else binding)
                 value = self.apply(token, value, right)
         return value
 
-    def binding(self):
-        token = self.tokens[-1]
-        return BINDING.get(token, PRODUCT if token[1:] in FUNCTIONS else FACTOR)
-
     def atom(self):
         """The value of a number, name or group, or of a command with its arguments."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise RecursionError
         token = self.tokens.pop()
         name = TEXT.sub(r"\1", token).strip("\\ ")
         if self.tokens[-1][:1] == "_":  # a subscript
-            value = self.variable(name + self.tokens.pop())
-        elif token in CLOSING:
+            return self.variable(name + self.tokens.pop())
+        if token in CLOSING:
             value = self.expression(END)
             if self.tokens.pop() != CLOSING[token]:
                 raise ValueError("brackets")
-        elif token[0] in DIGITS:
-            value = Fraction(token)
-        elif name in self.constants:
-            value = self.constants[name]
-        else:
-            value = self.command(name) if name in OPERATIONS else self.variable(name)
-        self.depth -= 1
-        return value
+            return value
+        if token[0] in "0123456789.":
+            return Fraction(token)
+        if name in self.constants:
+            return self.constants[name]
+        return self.command(name) if name in OPERATIONS else self.variable(name)
 
     def command(self, name):
         r"""A command takes groups; a function then takes all factors that follow, as in \sin 2x."""
-        operands = [self.atom() for _ in range(ARGUMENTS.get(name, 0))]
+        operands = [self.atom() for _ in range(GROUPS.get(name, 0))]
         exponent = Fraction(1)
         if name in FUNCTIONS:
             if self.tokens[-1] == "^":
@@ -399,7 +384,6 @@ class Evaluator:
     def variable(self, name):
         if not name[:1].isalnum():
             raise ValueError("an operand is missing")
-        self.varies = True
         draw = zlib.crc32(name.encode(errors="replace"), self.seed + self.point)
         if self.whole:
             return Fraction(1 + draw % 16)
@@ -407,31 +391,29 @@ class Evaluator:
 
     def apply(self, name, *operands):
         """The value of an operation. Raises where it has none, or none that can be held."""
-        first = operands[0]
-        fractions = [value for value in operands if isinstance(value, Fraction)]
-        if name in ("!", "binom"):  # about how many bits the result has
-            size = abs(first.real) * math.log2(2 + abs(first.real))
-        elif name == "^" and len(fractions) == 2:
-            size = abs(operands[1]) * math.log2(max(abs(first.numerator), first.denominator))
-        else:
-            size = sum(value.numerator.bit_length() + value.denominator.bit_length()
-                       for value in fractions)
-        self.work += size + 100
-        if size > MAX_BITS or self.work > MAX_WORK:
+        self.work += 150 + sum(map(_bits, operands))
+        if self.work > MAX_WORK:
             raise OverflowError
         value = OPERATIONS[name](*operands)
-        if isinstance(value, Fraction):
-            return value
-        if name in ("*", "/", "frac", "^", "exp"):
-            if value == 0 and all(operands) or cmath.isinf(value) and math.inf not in operands:
-                raise OverflowError  # too small or too large for a float
-        elif abs(value) < 1e-14 * abs(first):  # floats that cancel, as in sin(pi)
-            value = 0.0
+        self.work += _bits(value)
+        if not isinstance(value, Fraction):
+            if name not in ("+", "-") and abs(value) < 1e-14 * abs(operands[0]) < 1e-10:
+                value = 0.0  # what is left of floats that cancel, as in sin(pi)
+            if not cmath.isfinite(value) or value == 0 and all(operands) and name in "*/frac^exp":
+                raise OverflowError  # too large or too small for a float
         return value
 
 
-# Comparison: an answer is read as a tree of equations, groups (lists, tuples, ...) and leaves.
+def _bits(value):
+    if not isinstance(value, Fraction):
+        return 64
+    return value.numerator.bit_length() + value.denominator.bit_length()
 
+
+# Comparison: an answer is a leaf, an equation or a group of answers (a list, set, interval, ...).
+
+MAX_DEPTH = 30  # nested brackets
+MAX_ITEMS = 30  # of a list in any order
 STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
 KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}": "determinant",
@@ -439,7 +421,6 @@ KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}"
 TURNED = {">": "<", r"\ge": r"\le"}
 NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
 NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
-LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 # The forms of a plain gold and of a plain answer.
 _OPEN = r"[-+({]*"
 _CLOSE = r"[)}]*"
@@ -457,7 +438,6 @@ CHOICE_WITH_VALUE = re.compile(
 GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)  # 1,234
 BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")  # 52_{8}
 DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
-MAX_ITEMS = 30  # of a list in any order
 
 
 def answers_equal(answer, gold):
@@ -465,39 +445,29 @@ def answers_equal(answer, gold):
     that is not a string. An answer beyond the bounds above equals only itself."""
     if not isinstance(answer, str) or not isinstance(gold, str):
         return False
-    answer = answer.strip()
-    gold = gold.strip()
     if max(len(answer), len(gold)) > MAX_LENGTH:
-        return answer == gold
-    a = _clean(answer)
-    b = _clean(gold)
+        return answer.strip() == gold.strip()
+    a = _clean(answer.strip())
+    b = _clean(gold.strip())
     if CHOICE.fullmatch(b):
         a = CHOICE_WITH_VALUE.sub(r"\1", a)
     if not a.strip("{} ") or not b.strip("{} "):
         return False
-    if answer == gold or a == b:
+    if a == b or answer.strip() == gold.strip():
         return True
     if PLAIN.fullmatch(a) and PLAIN.fullmatch(b):
-        number = Fraction if "." in a + b else int
-        return number(a) == number(b)
+        return Fraction(a) == Fraction(b)
+    evaluator = Evaluator("\n".join(sorted([a, b])))
     # 100,200 is one number or, unless a group begins with 0, two: whichever makes them equal.
-    readings = [(_join_groups(a), _join_groups(b))]
-    if readings != [(a, b)] and not re.search(r",0\d\d", a + "\n" + b):
-        readings.append((a, b))
-    evaluator = Evaluator([a, b])
-    return any(_equal(_read(a), _read(b), evaluator) for a, b in readings)
+    joined = [_join_groups(a), _join_groups(b)]
+    lists = joined != [a, b] and not re.search(r",0\d\d", a + b)
+    return _equal(*joined, evaluator) or lists and _equal(a, b, evaluator)
 
 
 def _join_groups(text):
     if "," not in text or re.search(r"[(\[]|\\\{", text):
         return text
     return GROUPED.sub(lambda group: group[0].replace(",", ""), text)
-
-
-class Node(NamedTuple):
-    kind: str         # leaf, =, list, set, matrix, (), [), ...
-    text: str = ""    # of a leaf; of an equation: the left side
-    items: list = ()  # of a group; of an equation: the right side, and left - right
 
 
 def _split(text, separators):
@@ -507,61 +477,66 @@ def _split(text, separators):
     depth = 0
     for mark in STRUCTURE.finditer(text):
         if depth == 0 and mark[0] in separators:
-            parts += [text[start:mark.start()], mark[0]]
+            parts += [text[start:mark.start()].strip(), mark[0]]
             start = mark.end()
         else:
             depth += (mark[0][-1] in "([{") - (mark[0][-1] in ")]}")
-    return [text] if depth else [*parts, text[start:]]  # a stray bracket makes it a text
+        if depth > MAX_DEPTH:
+            break
+    return [text] if depth else [*parts, text[start:].strip()]  # a stray bracket makes it a text
 
 
-def _read(text, depth=0):
-    """The node of a cleaned text."""
+def _items(text):
+    """The texts between commas; one with ± is two, unless it is a set."""
     items = []
-    for item in filter(str.strip, _split(text, ",;")[::2]):
-        if re.search(r"^ ?(?!\\\{).*\\(?:pm|mp)\b", item):
+    for item in filter(None, _split(text, ",;")[::2]):
+        if re.search(r"^(?!\\\{).*\\(?:pm|mp)\b", item):
             items.append(item.replace(r"\pm", "+").replace(r"\mp", "-"))
             items.append(item.replace(r"\pm", "-").replace(r"\mp", "+"))
         else:
             items.append(item)
+    return items
+
+
+@lru_cache(maxsize=4096)
+def _read(text):
+    """(kind, items) of a cleaned text: a leaf is one text, and an equation has two sides."""
+    items = _items(text)
     if len(items) != 1:
-        return Node("list", items=[_read(item, depth) for item in items])
-    text = items[0].strip()
+        return "list", items
+    text = items[0]
     parts = _split(text, RELATIONS)
     if len(parts) > 1:
-        return _read_relation(text, parts[::2], parts[1::2], depth)
+        return _read_relation(text, parts[::2], parts[1::2])
     opening = OPENING.match(text)
-    if opening and depth < MAX_DEPTH:
-        inner, *closing = _split(text[opening.end():], (")", "]", "}", r"\}"))
-        kind = KINDS.get(opening[0] + closing[0]) if closing[1:] == [""] else None
-        if kind:
-            inner = _read(inner, depth + 1)
-            items = inner.items if inner.kind == "list" else [inner]
-            if len(items) == 1 and kind in ("list", "set", "()", "[]"):
-                return items[0]
-            if len(items) == 1 and kind == "matrix" and items[0].kind == "()":
-                return Node("row", items=items[0].items)
-            return Node(kind, items=items)
-    return Node("set") if text == r"\emptyset" else Node("leaf", text)
+    closing = _split(text[opening.end():], (")", "]", "}", r"\}")) if opening else []
+    kind = KINDS.get(opening[0].replace(" ", "") + closing[1]) if closing[2:] == [""] else None
+    if not kind:
+        return ("set", []) if text == r"\emptyset" else ("leaf", [text])
+    items = _items(closing[0])
+    if len(items) == 1 and kind in ("list", "set", "()", "[]"):
+        return _read(items[0])
+    if len(items) == 1 and kind == "matrix":
+        return "row", _read(items[0])[1]
+    return kind, items
 
 
-def _read_relation(text, sides, signs, depth):
+def _read_relation(text, sides, signs):
     """An equation, or an interval that is written as an inequality."""
     if signs[0] in TURNED:  # so that they rise
         signs = [TURNED.get(sign, sign) for sign in reversed(signs)]
         sides = sides[::-1]
-    named = [NAMED.match(_letters(side) + "=") is not None for side in sides]
+    named = [bool(NAMED.match(_letters(side) + "=")) for side in sides]
     if signs == [r"\in"] and named[0]:
-        return _read(sides[1], depth)
+        return _read(sides[1])
     if set(signs) == {"="}:
-        if named[-1] and not named[0]:  # 5 = x
-            sides = sides[::-1]
-        difference = Node("leaf", f"({sides[0]})-({sides[-1]})")
-        return Node("=", sides[0], [_read(sides[-1], depth), difference])
+        turned = named[-1] and not named[0]  # 5 = x
+        return "=", [sides[-1], sides[0]] if turned else [sides[0], sides[-1]]
     if {"<", r"\le"}.issuperset(signs) and named in ([True, False], [False, True], [False, True, False]):
         low = r"(-\infty" if named[0] else {"<": "("}.get(signs[0], "[") + sides[0]
         high = r"\infty)" if named[-1] else sides[-1] + {"<": ")"}.get(signs[-1], "]")
-        return _read(f"{low},{high}", depth)
-    return Node("leaf", text)
+        return _read(f"{low},{high}")
+    return "leaf", [text]
 
 
 @lru_cache(maxsize=4096)
@@ -569,57 +544,59 @@ def _letters(text):
     """A text without spaces; words also without case."""
     text = TEXT.sub(r"\1", text).replace(" ", "")
     word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
-    words = word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text)
-    return text.casefold() if words else text
+    return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
 
 
-def _equal(a, b, evaluator):
-    """Whether the nodes of an answer and a gold are equal."""
-    kinds = {a.kind, b.kind}
-    if kinds == {"leaf"}:
-        return _equal_leaves(_letters(a.text), _letters(b.text), a.text, b.text, evaluator)
-    if kinds == {"="}:
-        if _letters(a.text) == _letters(b.text):
-            return _equal(a.items[0], b.items[0], evaluator)
-        xs = evaluator.values(a.items[1].text)
-        ys = evaluator.values(b.items[1].text)
+def _equal(answer, gold, evaluator):
+    """Whether two cleaned texts are equal."""
+    kind, items = _read(answer)
+    other, others = _read(gold)
+    if kind == other == "leaf":
+        return _equal_leaves(items[0], others[0], evaluator)
+    if kind == other == "=":
+        if _letters(items[0]) == _letters(others[0]):
+            return _equal(items[1], others[1], evaluator)
+        xs = evaluator.values(f"({items[0]})-({items[1]})")
+        ys = evaluator.values(f"({others[0]})-({others[1]})")
         varies = len(set(xs)) > 1 and len(set(ys)) > 1
         return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))  # proportional
-    if a.kind == "=":
-        plain = b.kind == "leaf" and PLAIN_GOLD.fullmatch(_letters(b.text))
-        return _names(a, evaluator, plain) and _equal(a.items[0], b, evaluator)
-    if b.kind == "=":
-        return _names(b, evaluator, False) and _equal(a, b.items[0], evaluator)
-    if len(a.items) != len(b.items):
+    if kind == "=":
+        plain = PLAIN_GOLD.fullmatch(_letters(gold))
+        return _names(*items, plain, evaluator) and _equal(items[1], gold, evaluator)
+    if other == "=":
+        return _names(*others, False, evaluator) and _equal(answer, others[1], evaluator)
+    if len(items) != len(others):
         return False
-    if kinds <= {"list", "set"} and len(a.items) <= MAX_ITEMS:  # in any order
-        left = list(b.items)
-        for item in a.items:
-            found = [place for place, other in enumerate(left) if _equal(item, other, evaluator)]
+    if {kind, other} <= {"list", "set"} and len(items) <= MAX_ITEMS:  # in any order
+        for item in items:
+            found = [other for other in others if _equal(item, other, evaluator)]
             if not found:
                 return False
-            del left[found[0]]
+            others = [*others]
+            others.remove(found[0])
         return True
     # A tuple may lose its parentheses, and a vector may be written as a tuple.
-    alike = len(kinds) == 1 or "()" in kinds and kinds <= {"()", "list", "matrix", "row"}
-    return alike and all(_equal(x, y, evaluator) for x, y in zip(a.items, b.items))
+    alike = kind == other or "()" in (kind, other) and {kind, other} <= {"()", "list", "matrix", "row"}
+    return alike and all(_equal(x, y, evaluator) for x, y in zip(items, others))
 
 
-def _names(equation, evaluator, plain):
+def _names(left, right, plain, evaluator):
     """Whether an equation stands for its right side."""
-    left = equation.text
-    if NAMED.match(f"{_letters(left)}={_letters(equation.items[0].text)}"):  # x = 5
+    if NAMED.match(f"{_letters(left)}={_letters(right)}"):  # x = 5
         return True
-    difference = evaluator.values(equation.items[1].text)
+    difference = evaluator.values(f"({left})-({right})")
     if difference and not any(difference):  # 2 + 3 = 5
         return True
     values = evaluator.values(left)
-    return bool(plain and (len(set(values)) > 1 or not values and LETTER.search(left)))  # m + n = 113
+    letter = re.search(r"(?<![\\A-Za-z])[A-Za-z]", left)
+    return bool(plain and (len(set(values)) > 1 or letter and not values))  # m + n = 113
 
 
-def _equal_leaves(a, b, a_source, b_source, evaluator):
+def _equal_leaves(answer, gold, evaluator):
     """Whether two numbers, expressions or texts are equal."""
-    if a and a == b:
+    a = _letters(answer)
+    b = _letters(gold)
+    if a == b:
         return True
     if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
         return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
@@ -627,16 +604,14 @@ def _equal_leaves(a, b, a_source, b_source, evaluator):
         return False  # the work is left undone
     if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
         return False  # words, but xy is yx
-    xs = evaluator.values(a_source)
-    ys = evaluator.values(b_source)
+    xs = evaluator.values(answer)
+    ys = evaluator.values(gold)
     if not xs or not ys:
         return False
-    if all(map(_close, xs, ys)):
-        return True
     if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
         scale = 100 if a.endswith("%") else Fraction(1, 100)
-        return all(_close(x * scale, y) for x, y in zip(xs, ys))
-    return all(_rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
+        return _close(xs[0], ys[0]) or _close(xs[0] * scale, ys[0])
+    return all(_close(x, y) or _rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
 
 
 def _rounds(text, x, y):
@@ -650,9 +625,9 @@ def _rounds(text, x, y):
 
 def _close(a, b):
     """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     try:
-        return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) < math.inf
+        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
     except OverflowError:  # a fraction too large for a float
         return False
