@@ -319,21 +319,23 @@ class Evaluator:
 
     def values(self, text):
         """The values of an expression at all points, [] if it has none or none within the bounds."""
-        if text not in self.known:
-            points = range(10 if self.whole else 2)
-            try:
-                self.known[text] = [self.value(text, point) for point in points]
-            except FAILURES:
-                self.known[text] = []
-        return self.known[text]
-
-    def value(self, text, point):
-        self.point = point
-        self.tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
-        value = self.expression(END)
-        if self.tokens != [""]:
-            raise ValueError("a stray bracket")
-        return value
+        if text in self.known:
+            return self.known[text]
+        values = self.known[text] = []
+        points = 10 if self.whole else 2
+        try:
+            while len(values) < points:
+                self.point = len(values)
+                self.tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
+                self.varies = False
+                values.append(self.expression(END))
+                if self.tokens != [""]:
+                    raise ValueError("a stray bracket")
+                if not self.varies:
+                    values *= points
+        except FAILURES:
+            values.clear()
+        return values
 
     def expression(self, strength):
         """The value of an operand and of what binds to it more strongly than `strength`."""
@@ -384,7 +386,8 @@ class Evaluator:
     def variable(self, name):
         if not name[:1].isalnum():
             raise ValueError("an operand is missing")
-        draw = zlib.crc32(name.encode(errors="replace"), self.seed + self.point)
+        self.varies = True
+        draw = zlib.crc32(f"{self.point}{name}".encode(errors="replace"), self.seed)
         if self.whole:
             return Fraction(1 + draw % 16)
         return Fraction(500 + draw % 2500, -997 if self.signed and self.point else 997)
@@ -396,11 +399,13 @@ class Evaluator:
             raise OverflowError
         value = OPERATIONS[name](*operands)
         self.work += _bits(value)
-        if not isinstance(value, Fraction):
-            if name not in ("+", "-") and abs(value) < 1e-14 * abs(operands[0]) < 1e-10:
-                value = 0.0  # what is left of floats that cancel, as in sin(pi)
-            if not cmath.isfinite(value) or value == 0 and all(operands) and name in "*/frac^exp":
-                raise OverflowError  # too large or too small for a float
+        if isinstance(value, Fraction):
+            return value
+        if name in ("*", "/", "frac", "^", "exp"):
+            if value == 0 and all(operands) or not cmath.isfinite(value):
+                raise OverflowError  # too small or too large for a float
+        elif abs(value) < 1e-9 and abs(value) < 1e-14 * abs(operands[0]):
+            value = 0.0  # what is left of floats that cancel, as in sin(pi)
         return value
 
 
