@@ -46,7 +46,7 @@ def score(completion, golds):
 # Extraction: a completion is a sequence of headers `### Problem i`, labels `Answer i:` and boxes.
 
 MAX_LENGTH = 500  # characters of an answer; a longer one equals only itself
-MAX_MARKS = 2000  # headers, labels and boxes of a completion, counted from its end
+MAX_MARKS = 1000  # headers, labels and boxes of a completion, counted from its end
 MAX_TRIES = 8     # boxes of one problem that are read, counted from its last
 # The number or letter of a problem, and perhaps another: `Answers 1-3` belong to no problem.
 INDEX = (r"[ \t*_#(]{0,4}(?:([0-9]{1,99})|i)(?![0-9A-Za-z])"
@@ -245,7 +245,7 @@ def _clean(text):
 
 MAX_BITS = 130_000  # of a power
 MAX_FACTORIAL = 5000
-MAX_WORK = 350_000  # bits read and written in one comparison, and 150 for each step
+MAX_WORK = 350_000  # bits read and written in one comparison, and 300 for each step
 TOKEN = re.compile(
     r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
@@ -273,11 +273,18 @@ def _power(a, b):
     return math.exp(b * _log(a)) if a > 0 and b.denominator > 1 else a ** b
 
 
+def _whole(a):
+    return isinstance(a, Fraction) and a.denominator == 1 and 0 <= a <= MAX_FACTORIAL
+
+
 def _factorial(a):
-    if a.real > MAX_FACTORIAL:
-        raise OverflowError
-    whole = isinstance(a, Fraction) and a.denominator == 1 and a >= 0
-    return Fraction(math.factorial(int(a))) if whole else math.gamma(a + 1)
+    return Fraction(math.factorial(int(a))) if _whole(a) else math.gamma(a + 1)
+
+
+def _binomial(n, k):
+    if _whole(n) and _whole(k):
+        return Fraction(math.comb(int(n), int(k)))
+    return _factorial(n) / (_factorial(k) * _factorial(n - k))
 
 
 FUNCTIONS = {
@@ -290,8 +297,7 @@ OPERATIONS = FUNCTIONS | {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power,
     "!": _factorial, "frac": operator.truediv, "mixed": lambda a, b, c: a + b / c, "abs": abs,
     "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
-    "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
-    "floor": lambda a: Fraction(math.floor(a.real + TOLERANCE)),
+    "binom": _binomial, "floor": lambda a: Fraction(math.floor(a.real + TOLERANCE)),
     "ceil": lambda a: Fraction(math.ceil(a.real - TOLERANCE))}
 GROUPS = {"frac": 2, "mixed": 3, "abs": 1, "sqrt": 1, "root": 2, "binom": 2, "floor": 1, "ceil": 1,
           "logbase": 1}  # how many follow a command
@@ -394,7 +400,9 @@ class Evaluator:
 
     def apply(self, name, *operands):
         """The value of an operation. Raises where it has none, or none that can be held."""
-        self.work += 150 + sum(map(_bits, operands))
+        self.work += 300 + sum(map(_bits, operands))
+        if name in ("!", "binom"):
+            self.work += 8 * int(operands[0].real)
         if self.work > MAX_WORK:
             raise OverflowError
         value = OPERATIONS[name](*operands)
