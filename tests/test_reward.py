@@ -59,14 +59,15 @@ def test_extract_answers_returns_the_text_of_the_box():
 
 def test_headers_have_numbers_and_offsets():
     """Credit to go gives a token to another section: its number, or where it begins, is wrong."""
-    completion = "So:\n ### Problem 2: easy\nas ### Problem 1 shows\r\n**PROBLEM 1-3**\n## Problem i\n"
+    completion = (
+        "So:\n ### Problem 2: easy\nas ### Problem 1 shows\r\n**PROBLEM 1-3**\n## Problem i\n")
     starts = [completion.index(text) for text in (" ### Problem 2", "**PROBLEM", "## Problem i")]
     assert find_headers(completion) == [(2, starts[0]), (0, starts[1]), (0, starts[2])]
 
 
 def test_an_answer_before_the_cut_keeps_its_credit():
-    """The budget has the wrong effect: answers before the cut earn nothing, or problems after it earn
-    something."""
+    """The budget has the wrong effect: answers before the cut earn nothing, or problems
+    after it earn something."""
     golds = ["22", "1/2", "x+1", "7"]
     completion = "".join(f"### Problem {i}\nwork\nAnswer {i}: \\boxed{{{gold}}}\n\n"
                          for i, gold in enumerate(golds, 1))
@@ -76,8 +77,8 @@ def test_an_answer_before_the_cut_keeps_its_credit():
 
 
 def quickest(function, *arguments):
-    """Processor seconds of the quickest of three calls. A garbage collection of everything that pytest holds
-    takes a quarter of a second, and falls into one of them at most."""
+    """Processor seconds of the quickest of three calls. A garbage collection of everything that
+    pytest holds takes a quarter of a second, and falls into one of them at most."""
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -131,9 +132,13 @@ def test_rewrites_that_change_the_value_are_refused():
     assert len(paid) <= 0.001 * len(pairs), paid
 
 
+def latex(fraction):
+    return f"\\frac{{{fraction.numerator}}}{{{fraction.denominator}}}"
+
+
 numbers = st.one_of(
     st.integers(-10**30, 10**30).map(str),
-    st.fractions(max_denominator=10**6).map(lambda f: f"\\frac{{{f.numerator}}}{{{f.denominator}}}"),
+    st.fractions(max_denominator=10**6).map(latex),
     st.fractions(max_denominator=10**6).map(str),
     st.integers(-10**15, 10**15).map(lambda n: f"{n / 10**6:f}"),
     st.integers(1, 10**6).map("{:,}".format),
@@ -142,11 +147,15 @@ numbers = st.one_of(
     st.integers(1, 99).map("{}\\%".format),
 )
 PIECES = [
-    "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "^", "_", "!", "+", "-", "*", "/", "=",
+    "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "^", "_", "!", "+", "-", "*",
+    "/", "=",
     "<", ",", "|", "\\le", "\\in", "\\cup", "\\pm", "\\pi", "\\infty", "\\log", "\\sin", "\\text{",
-    "\\begin{pmatrix}", "&", "\\\\", "\\end{pmatrix}", "\\lfloor", "\\rfloor", "\\binom", "%", "\\%",
-    "^\\circ", "e", "i", "x", "n", "0", "1", "2", "9", "12", "1,234", ".", "1e9", "9999999999", " ", "or",
-    "and", "cm", "$", "\\boxed{", "Answer 1:", "### Problem 1\n", "\n", "</think>", "²", "½", "√", "٣",
+    "\\begin{pmatrix}", "&",
+    "\\\\", "\\end{pmatrix}", "\\lfloor", "\\rfloor", "\\binom", "%", "\\%",
+    "^\\circ", "e", "i", "x", "n", "0", "1", "2", "9", "12", "1,234", ".", "1e9", "9999999999",
+    " ", "or",
+    "and", "cm", "$", "\\boxed{", "Answer 1:", "### Problem 1\n", "\n", "</think>", "²", "½", "√",
+    "٣",
     "\u200b", "\ud800", "\x00", "…",
 ]
 soup = st.lists(st.sampled_from(PIECES), max_size=60).map("".join)
@@ -165,18 +174,18 @@ def test_equality_of_numbers_is_symmetric(a, b):
 @given(st.fractions(max_denominator=999), st.fractions(max_denominator=999))
 def test_fractions_are_equal_exactly_when_they_are(a, b):
     """The parser's arithmetic differs from that of Fraction."""
-    latex = [f"\\frac{{{f.numerator}}}{{{f.denominator}}}" for f in (a, b)]
-    assert answers_equal(latex[0], latex[1]) == (a == b)
-    assert answers_equal(f"x+{latex[0]}+{latex[1]}", f"x+{a + b}")  # x, so that the gold is not plain
+    assert answers_equal(latex(a), latex(b)) == (a == b)
+    # with x, so that the gold is not plain
+    assert answers_equal(f"x+{latex(a)}+{latex(b)}", f"x+{a + b}")
     assert answers_equal(f"x+({a})*({b})", f"x+{a * b}")
-    assert answers_equal(f"x+({a})-{latex[1]}", f"x+{a - b}")
+    assert answers_equal(f"x+({a})-{latex(b)}", f"x+{a - b}")
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.one_of(soup, st.text()))
 def test_everything_equals_itself(text):
-    """A gold that is not understood does not equal itself. Only text without content (spaces, dots, empty
-    brackets of LaTeX) equals nothing."""
+    """A gold that is not understood does not equal itself. Only text without content (spaces,
+    dots, empty brackets of LaTeX) equals nothing."""
     assert answers_equal(f" {text}", text) or not answers_equal(text, text)
 
 
@@ -207,15 +216,20 @@ def test_empty_gold_is_never_rewarded():
 
 
 HOSTILE = [
-    "(" * 100_000 + ")" * 100_000, "{" * 200_000, "\\sqrt" * 40_000, "\\frac" * 90, "\\sin" * 90 + "x",
+    "(" * 100_000 + ")" * 100_000, "{" * 200_000, "\\sqrt" * 40_000, "\\frac" * 90,
+    "\\sin" * 90 + "x",
     "-" * 499 + "1", "2^" * 249 + "2", "9^{9^{9^{9}}}", "3" + "!" * 400, "((500)!)!",
-    "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH, "+".join(["2^{-4000}", "3^{-2500}"] * 27), "x" * MAX_LENGTH,
-    "(x+1)" * 99, "xyz+" * 124 + "1", ",".join(["x^2+y"] * 64), "\\pm " * 90 + "1", "\\text{a}" * 60 + "1",
+    "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH, "+".join(["2^{-4000}", "3^{-2500}"] * 27),
+    "x" * MAX_LENGTH,
+    "(x+1)" * 99, "xyz+" * 124 + "1", ",".join(["x^2+y"] * 64), "\\pm " * 90 + "1",
+    "\\text{a}" * 60 + "1",
     " " * 498 + "1", "1" * 5000, "1" * MAX_LENGTH, "1," * 249, "100," * 124 + "100",
-    "\\begin{pmatrix}" + "1&" * 60 + "\\end{pmatrix}", "(1," * 30 + "2" + ")" * 30, "x=" * 249 + "1",
+    "\\begin{pmatrix}" + "1&" * 60 + "\\end{pmatrix}", "(1," * 30 + "2" + ")" * 30,
+    "x=" * 249 + "1",
     "x\\in " * 90, "x<" * 60, "\\lfloor" * 90, "|" * MAX_LENGTH, "x_{" * 160, "123 " * 124 + "5",
     "\ufdfa" * MAX_LENGTH, "²" * MAX_LENGTH, "½" * MAX_LENGTH, "1e999999999", "1e-999999999",
-    "\\binom{500}{250}" * 30, "(x!)" * 120, "\ud800" * MAX_LENGTH, "\x00" * MAX_LENGTH, "A" * MAX_LENGTH,
+    "\\binom{500}{250}" * 30, "(x!)" * 120, "\ud800" * MAX_LENGTH, "\x00" * MAX_LENGTH,
+    "A" * MAX_LENGTH,
     "word " * 99, "1\\frac12" * 60, "\\log_" * 90, "*".join(["1e1000", "3e-1000"] * 40),
 ]
 
@@ -228,8 +242,10 @@ def test_hostile_answers_take_milliseconds(text):
 
 
 SLOW = [
-    ",".join(f"x+{k}" for k in range(64)), ",".join(f"{k}" for k in range(120)), ",".join(["x^2+y"] * 64),
-    ",".join(f"(x+{k})^2" for k in range(50)), "\\lfloor x\\rfloor," + ",".join(f"x+{k}" for k in range(60)),
+    ",".join(f"x+{k}" for k in range(64)), ",".join(f"{k}" for k in range(120)),
+    ",".join(["x^2+y"] * 64),
+    ",".join(f"(x+{k})^2" for k in range(50)),
+    "\\lfloor x\\rfloor," + ",".join(f"x+{k}" for k in range(60)),
     "x\\pm 1," * 60, "\\{x\\pm" * 40, "(x+1)" * 95, "2^{999}+" * 60 + "1", "(2^{999}/3^{600})" * 28,
     "\\sin^2 x+" * 50 + "1", "x!+" * 160 + "1",
 ]
@@ -245,8 +261,10 @@ def test_long_answers_take_milliseconds(text):
 
 FLOODS = [
     "\\boxed{", "\\boxed{}", "\\boxed{5}", "\\boxed", "{", "}", "\\", "### Problem 1\n", "### ",
-    "# Problem1\n", "#", "*", "Answer 1: ", "answer1:", "Answer 1:\n", "answer1:\\boxed{5}", "\n", " ", "a",
-    "n", "box", "</think>", "answer ", "Answer 1: \\boxed{" + "{" * 400, "\\boxed{" + "{}" * 240, "\r\n",
+    "# Problem1\n", "#", "*", "Answer 1: ", "answer1:", "Answer 1:\n", "answer1:\\boxed{5}", "\n",
+    " ", "a",
+    "n", "box", "</think>", "answer ", "Answer 1: \\boxed{" + "{" * 400, "\\boxed{" + "{}" * 240,
+    "\r\n",
     "\\boxed ", "answer1:" + "$" * 90 + "\n\\boxed",
 ]
 
@@ -261,8 +279,10 @@ def test_extraction_is_linear(flood):
 
 def mutated(rng, bases):
     """A completion for two problems with a few random edits."""
-    text = "".join(f"### Problem {i}\n{rng.choice(bases)}\nAnswer {i}: \\boxed{{{rng.choice(bases)}}}\n"
-                   for i in (1, 2))
+    text = ""
+    for i in (1, 2):
+        text += f"### Problem {i}\n{rng.choice(bases)}\n"
+        text += f"Answer {i}: \\boxed{{{rng.choice(bases)}}}\n"
     for _ in range(rng.randrange(1, 6)):
         a, b = sorted((rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)))
         edit = rng.randrange(6)

@@ -1,11 +1,12 @@
 """
-The checker next to math-verify in one run: speed, and verdicts on the benchmarks' golds and their rewrites.
+The checker next to math-verify in one run: speed, and verdicts on the benchmarks' golds and their
+rewrites.
 
     pip install math-verify && python tests/bench/checker.py [--pairs 4000]
 
-Both judge the same pairs (gold, answer) in alternating blocks and are timed in processor time. The expected
-verdict follows from how a pair was made: a rewrite that keeps the value, or one that changes it. Every
-disagreement is printed with the side that is right.
+Both judge the same pairs (gold, answer) in alternating blocks and are timed in processor time. The
+expected verdict follows from how a pair was made: a rewrite that keeps the value, or one that
+changes it. Every disagreement is printed with the side that is right.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BLOCK = 200  # pairs that one side judges before the other continues
 
 
 def collect(count, seed):
-    """(source, gold, answer, expected) of `count` golds and rewrites, and of the shared examples."""
+    """(source, gold, answer, expected) of `count` golds and rewrites, and of the examples."""
     golds = [json.loads(line)["answer"] for path in sorted((SHARED / "benchmarks").glob("*.jsonl"))
              for line in path.open()]
     pairs = [("itself", gold, gold, True) for gold in golds]
@@ -75,8 +76,8 @@ def measure(judges, pairs):
 
 def print_table(results, pairs):
     print(f"{len(pairs)} pairs")
-    print(f"{'':12} {'checks/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9} {'false rewards':>14} "
-          f"{'missed':>7} {'wrong on examples':>18}")
+    print(f"{'':12} {'checks/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9} "
+          f"{'false rewards':>14} {'missed':>7} {'wrong on examples':>18}")
     for name, (verdicts, seconds) in results.items():
         ranked = sorted(seconds)
         paid = sum(bool(verdict) and not pair[3] for verdict, pair in zip(verdicts, pairs))
@@ -84,12 +85,13 @@ def print_table(results, pairs):
         examples = [bool(verdict) == pair[3] for verdict, pair in zip(verdicts, pairs)
                     if pair[0] == "example"]
         print(f"{name:12} {len(seconds) / sum(seconds):9.0f} {ranked[len(ranked) // 2] * 1e3:8.3f} "
-              f"{ranked[int(len(ranked) * 0.99)] * 1e3:8.3f} {ranked[-1] * 1e3:9.2f} {paid:14} {missed:7} "
-              f"{examples.count(False):9} of {len(examples)}")
+              f"{ranked[int(len(ranked) * 0.99)] * 1e3:8.3f} {ranked[-1] * 1e3:9.2f} "
+              f"{paid:14} {missed:7} {examples.count(False):9} of {len(examples)}")
 
 
 def print_disagreements(pairs, ours, theirs):
-    for (source, gold, answer, expected), a, b in sorted(zip(pairs, ours, theirs), key=lambda row: row[0][0]):
+    rows = sorted(zip(pairs, ours, theirs), key=lambda row: row[0][0])
+    for (source, gold, answer, expected), a, b in rows:
         truth = "equal" if expected else "not equal"
         if a != b:
             right = "reward.py" if a == expected else "math-verify"
@@ -112,7 +114,8 @@ def main():
     ratio = sum(results["math-verify"][1]) / sum(results["reward.py"][1])
     print(f"reward.py is {ratio:.0f} times as fast")
     agree = sum(a == b for a, b in zip(ours, theirs))
-    print(f"they agree on {agree} pairs ({agree / len(pairs):.1%}) and disagree on {len(pairs) - agree}")
+    print(f"they agree on {agree} pairs ({agree / len(pairs):.1%}), "
+          f"and disagree on {len(pairs) - agree}")
     if not options.quiet:
         print_disagreements(pairs, ours, theirs)
 
