@@ -47,7 +47,7 @@ def score(completion, golds):
 
 MAX_LENGTH = 500  # characters of an answer; a longer one equals only itself
 MAX_MARKS = 1000  # headers, labels and boxes of a completion, counted from its end
-MAX_TRIES = 8     # boxes of one problem that are read, counted from its last
+MAX_TRIES = 8     # boxes of a problem that are read, counted from its last
 # The number or letter of a problem, and perhaps another: `Answers 1-3` belong to no problem.
 INDEX = (r"[ \t*_#(]{0,4}(?:([0-9]{1,99})|i)(?![0-9A-Za-z])"
          r"([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?")
@@ -62,6 +62,7 @@ LABEL_REACH = re.compile(r"[^\n]{0,1000}|[\s$*_:>\\\[\](){}-]{0,100}")
 # A box without braces needs a value: digits, a command or a letter; "\boxed as asked" is prose.
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s{0,9}(?:(?=\{)|([-+]?\.?\d[^\s$\\{}]{0,99}"
                  r"|[-+]?\\[A-Za-z]+[^\s$]{0,99}|[A-Za-z](?![A-Za-z])))")
+ANYWHERE = re.compile("")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{[\s.…]*\})*")
 
@@ -88,25 +89,22 @@ def extract_answers(completion, n):
 def find_headers(completion):
     """The headers `### Problem i` as pairs: the problem's number (0 if there is not exactly one),
     and the offset in the completion at which the header's line starts."""
-    text = _normalize(completion)
-    headers = _marks(text, "Problem", HEADER, HEADER_START)
-    return [(_index(mark, 0), text.rfind("\n", 0, mark.start()) + 1) for mark in headers]
+    headers = [mark for mark in _marks(completion) if mark.re is HEADER]
+    return [(_index(mark, 0), mark.string.rfind("\n", 0, mark.start()) + 1) for mark in headers]
 
 
-def _normalize(completion):
-    """One spelling of line breaks, headers and labels; the length stays. Each pattern begins with a
-    fixed word, so that 10^6 characters are searched in a millisecond."""
+def _marks(completion):
+    """The headers, labels and boxes, in order. Words get one spelling, so that each pattern begins
+    with a fixed word and 10^6 characters are searched in a millisecond."""
     text = completion.replace("\r", "\n")
-    for word in ("Problem", "Answer"):
+    marks = []
+    for pattern, word, start in ((HEADER, "Problem", HEADER_START), (LABEL, "Answer", LABEL_START),
+                                 (BOX, "box", ANYWHERE)):
         text = text.replace(word.upper(), word).replace(word.lower(), word)
-    return text
-
-
-def _marks(text, word, pattern, start):
-    """The matches of a pattern that follow `start`, among the last MAX_MARKS of its word."""
-    first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 2)
-    return [mark for mark in pattern.finditer(text, first)
-            if start.search(text, max(0, mark.start() - 40), mark.start())]
+        first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 2)
+        marks += [mark for mark in pattern.finditer(text, first)
+                  if start.search(text, max(0, mark.start() - 40), mark.start())]
+    return sorted(marks, key=re.Match.start)
 
 
 def _index(mark, section):
@@ -116,23 +114,20 @@ def _index(mark, section):
 
 def _boxes(completion, n):
     """{(index, whether they are labelled): its boxes, in order}."""
-    text = _normalize(completion)
-    headers = _marks(text, "Problem", HEADER, HEADER_START)
-    labels = _marks(text, "Answer", LABEL, LABEL_START)
-    boxes = _marks(text, "box", BOX, re.compile(""))
-    section = int(n == 1 and not headers)  # a single problem needs no header
+    marks = _marks(completion)
+    section = int(n == 1 and all(mark.re is not HEADER for mark in marks))  # one needs no header
     label = None
     found = {}
-    for mark in sorted([*headers, *labels, *boxes], key=re.Match.start):
+    for mark in marks:
         if mark.re is HEADER:
             section = _index(mark, 0)
             label = None
         elif mark.re is LABEL:
             label = mark
         else:
-            labelled = bool(label and LABEL_REACH.fullmatch(text, label.end(), mark.start()))
+            labelled = label and LABEL_REACH.fullmatch(mark.string, label.end(), mark.start())
             index = _index(label, section) if labelled else section
-            found.setdefault((index, labelled), []).append(mark)
+            found.setdefault((index, bool(labelled)), []).append(mark)
     return found
 
 
@@ -176,6 +171,7 @@ HEDGE = re.compile(  # but words that express doubt, offer a choice or change th
     r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
     r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
 NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
+NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
 MIXED = r"\\mixed{\1}{\2}{\3}"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
@@ -215,6 +211,8 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("log", r"\\log ?_", r"\\logbase"),                                         # \log_2 8
     ("inf", r"\\?\b(?:[Ii]nfinity|inf)\b", r"\\infty"),
     ("+", r"(^|[(\[,=]) ?\+", r"\1"),                                           # (2,+\infty)
+    ("=", r"^((?:[-\d./ {}]|\\frac)+)=([^=]+)$", r"\2=\1"),                   # 5 = x
+    ("\\in", rf"(^|,) ?{NAME} ?\\in(?![a-z])", r"\1"),                        # x \in [0,1]
     ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                      # (C)  C.  C)
     ("]", r"(^|,|\\in|=) ?\]", r"\1("),                                         # ]1,2[ is (1,2)
     ("[", r"\[(?= ?,| ?$)", ")"),
@@ -241,16 +239,20 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-# Value: an expression is computed by recursive descent over its tokens.
+# Value and comparison: an answer is a leaf (a number, an expression or a text), an equation or a
+# group of answers (a list, set, tuple, interval or matrix). Expressions are computed by recursive
+# descent over their tokens.
 
+MAX_DEPTH = 30      # nested brackets
+MAX_ITEMS = 30      # of a list in any order
 MAX_BITS = 130_000  # of a power
 MAX_FACTORIAL = 5000
-MAX_WORK = 350_000  # bits read and written in one comparison, and 300 for each step
+MAX_WORK = 350_000  # of a comparison: bits read and written, and 300 for each step
 TOKEN = re.compile(
     r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
     r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-TOLERANCE = Fraction(1, 10**12)  # of a whole number
+WHOLE = Fraction(1, 10**12)  # how close a number is that counts as whole
 FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
 
 
@@ -273,16 +275,13 @@ def _power(a, b):
     return math.exp(b * _log(a)) if a > 0 and b.denominator > 1 else a ** b
 
 
-def _whole(a):
-    return isinstance(a, Fraction) and a.denominator == 1 and 0 <= a <= MAX_FACTORIAL
-
-
 def _factorial(a):
-    return Fraction(math.factorial(int(a))) if _whole(a) else math.gamma(a + 1)
+    whole = isinstance(a, Fraction) and a.denominator == 1 and 0 <= a <= MAX_FACTORIAL
+    return Fraction(math.factorial(int(a))) if whole else math.gamma(a + 1)
 
 
 def _binomial(n, k):
-    if _whole(n) and _whole(k):
+    if n in range(MAX_FACTORIAL) and k in range(MAX_FACTORIAL):
         return Fraction(math.comb(int(n), int(k)))
     return _factorial(n) / (_factorial(k) * _factorial(n - k))
 
@@ -297,8 +296,8 @@ OPERATIONS = FUNCTIONS | {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power,
     "!": _factorial, "frac": operator.truediv, "mixed": lambda a, b, c: a + b / c, "abs": abs,
     "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
-    "binom": _binomial, "floor": lambda a: Fraction(math.floor(a.real + TOLERANCE)),
-    "ceil": lambda a: Fraction(math.ceil(a.real - TOLERANCE))}
+    "binom": _binomial, "floor": lambda a: Fraction(math.floor(a.real + WHOLE)),
+    "ceil": lambda a: Fraction(math.ceil(a.real - WHOLE))}
 GROUPS = {"frac": 2, "mixed": 3, "abs": 1, "sqrt": 1, "root": 2, "binom": 2, "floor": 1, "ceil": 1,
           "logbase": 1}  # how many follow a command
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100)}
@@ -308,11 +307,160 @@ END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to wha
 BINDING = {"\\" + name: PRODUCT for name in FUNCTIONS} | {
     "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
 BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
+STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
+OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
+KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}": "determinant",
+         "()": "()", "[]": "[]", "(]": "(]", "[)": "[)"}
+TURNED = {">": "<", r"\ge": r"\le"}
+NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
+# The forms of a plain gold and of a plain answer.
+_OPEN = r"[-+({]*"
+_CLOSE = r"[)}]*"
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_GOLD = (r"\\mixed\{\d+\}\{\d+\}\{\d+\}"
+         rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
+         rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
+_POWER = (  # 1e5, 4*10^{5}, 10^{5}
+    rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}}|{_CLOSE}\^\{{[-+]?\d+\}})")
+PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_GOLD}){_CLOSE}[%°]?")
+PLAIN_ANSWER = re.compile(rf"{_OPEN}(?:{_GOLD}|{_POWER}){_CLOSE}[%°]?")
+CHOICE = re.compile("[A-Ea-e]")  # whatever its case; `(B) 5`, with its value, is the choice B
+CHOICE_WITH_VALUE = re.compile(
+    r"^(?:\\text ?\{)?\(([A-E])\)\}?[ ~*]*[-+]?(?:\d|\.\d|\\(?:frac|sqrt|pi))[^A-Z,()]*$")
+GROUPED = re.compile(  # the comma of 1,234, outside of brackets
+    r"(?<!\d{4})(?<!\d,\d)(?<!\d,\d\d)(?<!\.\d)(?<!\.\d\d)(?<!\.\d{3})(?<=\d),"
+    r"(?=\d{3}(?:,\d{3})*(?!\d|,\d))(?![^(\[]*(?:[)\]]|\\\}))", re.ASCII)
+BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")  # 52_{8}
+DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
 
 
-class Evaluator:
-    """The values of expressions in one comparison. Numbers are fractions while they are exact, else
-    floats. Variables have values at a few points, which are drawn from the text of both answers."""
+def answers_equal(answer, gold):
+    """Whether the answer equals the gold. An empty gold equals nothing, and neither does a value
+    that is not a string. An answer beyond the bounds above equals only itself."""
+    if not isinstance(answer, str) or not isinstance(gold, str):
+        return False
+    if max(len(answer), len(gold)) > MAX_LENGTH:
+        return answer.strip() == gold.strip()
+    a = _clean(answer.strip())
+    b = _clean(gold.strip())
+    if CHOICE.fullmatch(b):
+        a = CHOICE_WITH_VALUE.sub(r"\1", a)
+    if not a.strip("{} ") or not b.strip("{} "):
+        return False
+    if a == b or answer.strip() == gold.strip():
+        return True
+    if PLAIN.fullmatch(a) and PLAIN.fullmatch(b):
+        return Fraction(a) == Fraction(b)
+    # 100,200 is one number or, unless a group begins with 0, two: whichever makes them equal.
+    joined = [GROUPED.sub("", a), GROUPED.sub("", b)]
+    comparison = Comparison("\n".join(sorted([a, b])))
+    if comparison.equal(*joined):
+        return True
+    return joined != [a, b] and not re.search(r",0\d\d", a + b) and comparison.equal(a, b)
+
+
+def _split(text, separators):
+    """The parts of a text between separators that no brackets hold, and the separators."""
+    parts = []
+    start = 0
+    depth = 0
+    for mark in STRUCTURE.finditer(text):
+        if depth == 0 and mark[0] in separators:
+            parts += [text[start:mark.start()].strip(), mark[0]]
+            start = mark.end()
+        else:
+            depth += (mark[0][-1] in "([{") - (mark[0][-1] in ")]}")
+        if depth > MAX_DEPTH:
+            break
+    return [text] if depth else [*parts, text[start:].strip()]  # a stray bracket makes it a text
+
+
+def _items(text):
+    """The texts between commas; one with ± is two, unless it is a set."""
+    items = []
+    for item in filter(None, _split(text, ",;")[::2]):
+        if re.search(r"^(?!\\\{).*\\(?:pm|mp)\b", item):
+            items.append(item.replace(r"\pm", "+").replace(r"\mp", "-"))
+            item = item.replace(r"\pm", "-").replace(r"\mp", "+")
+        items.append(item)
+    return items
+
+
+@lru_cache(maxsize=4096)
+def _read(text):
+    """(kind, items) of a cleaned text: a leaf is one text, and an equation has two sides."""
+    items = _items(text)
+    if len(items) != 1:
+        return "list", items
+    text = items[0]
+    parts = _split(text, RELATIONS)
+    if len(parts) > 1:
+        return _read_relation(text, parts[::2], parts[1::2])
+    opening = OPENING.match(text)
+    closing = _split(text[opening.end():], (")", "]", "}", r"\}")) if opening else []
+    kind = KINDS.get(opening[0].replace(" ", "") + closing[1]) if closing[2:] == [""] else None
+    if not kind:
+        return ("set", []) if text == r"\emptyset" else ("leaf", [text])
+    items = _items(closing[0])
+    if len(items) == 1 and kind in ("list", "set", "()", "[]"):
+        return _read(items[0])
+    if len(items) == 1 and kind == "matrix":
+        return "row", _read(items[0])[1]
+    return kind, items
+
+
+def _read_relation(text, sides, signs):
+    """An equation, or an interval that is written as an inequality."""
+    if set(signs) == {"="}:
+        return "=", [sides[0], sides[-1]]
+    if signs[0] in TURNED:  # so that they rise
+        signs = [TURNED.get(sign, sign) for sign in reversed(signs)]
+        sides = sides[::-1]
+    named = [bool(NAMED.match(_letters(side) + "=")) for side in sides]
+    ordered = {"<", r"\le"}.issuperset(signs)
+    if ordered and named in ([True, False], [False, True], [False, True, False]):
+        low = r"(-\infty" if named[0] else {"<": "("}.get(signs[0], "[") + sides[0]
+        high = r"\infty)" if named[-1] else sides[-1] + {"<": ")"}.get(signs[-1], "]")
+        return _read(f"{low},{high}")
+    return "leaf", [text]
+
+
+@lru_cache(maxsize=4096)
+def _letters(text):
+    """A text without spaces; words also without case."""
+    text = TEXT.sub(r"\1", text).replace(" ", "")
+    word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
+    return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
+
+
+def _close(a, b):
+    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    try:
+        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+    except OverflowError:  # a fraction too large for a float
+        return False
+
+
+def _rounds(text, x, y):
+    """Whether a decimal with eight digits or more, worth x, is y rounded or cut off."""
+    decimal = DECIMAL.fullmatch(text)
+    if not decimal or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
+        return False
+    step = 10.0 ** -len(decimal[2])
+    return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
+
+
+def _bits(value):
+    if not isinstance(value, Fraction):
+        return 64
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
+class Comparison:
+    """One comparison of an answer with a gold. Numbers are fractions while they are exact, else
+    floats. Variables have values at a few points, which are drawn from the text of both."""
 
     def __init__(self, both):
         self.seed = zlib.crc32(both.encode(errors="replace"))
@@ -322,6 +470,69 @@ class Evaluator:
         self.constants = CONSTANTS | {"°": math.pi / 180 if angle else Fraction(1)}
         self.work = 0
         self.known = {}
+
+    def equal(self, answer, gold):
+        """Whether two cleaned texts are equal."""
+        kind, items = _read(answer)
+        other, golds = _read(gold)
+        kinds = {kind, other}
+        if kinds == {"leaf"}:
+            return self.equal_leaves(items[0], golds[0])
+        if kinds == {"="} and _letters(items[0]) != _letters(golds[0]):
+            xs = self.values("({})-({})".format(*items))
+            ys = self.values("({})-({})".format(*golds))
+            varies = len(set(xs)) > 1 and len(set(ys)) > 1
+            return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))
+        if "=" in kinds:
+            left, right = items if kind == "=" else golds
+            named = kind == other or self.names(left, right, PLAIN_GOLD.fullmatch(_letters(gold)))
+            answer = right if kind == "=" else answer
+            return named and self.equal(answer, golds[1] if other == "=" else gold)
+        if len(items) != len(golds):
+            return False
+        if kinds <= {"list", "set"} and len(items) <= MAX_ITEMS:  # in any order
+            golds = list(golds)
+            for item in items:
+                found = [gold for gold in golds if self.equal(item, gold)]
+                if not found:
+                    return False
+                golds.remove(found[0])
+            return True
+        # A tuple may lose its parentheses, and a vector may be written as a tuple.
+        alike = len(kinds) == 1 or "()" in kinds and kinds <= {"()", "list", "matrix", "row"}
+        return alike and all(map(self.equal, items, golds))
+
+    def names(self, left, right, plain):
+        """Whether an equation stands for its right side."""
+        if NAMED.match(f"{_letters(left)}={_letters(right)}"):  # x = 5
+            return True
+        difference = self.values(f"({left})-({right})")
+        if difference and not any(difference):  # 2 + 3 = 5
+            return True
+        values = self.values(left)
+        letter = re.search(r"(?<![\\A-Za-z])[A-Za-z]", left)
+        return bool(plain and (len(set(values)) > 1 or letter and not values))  # m + n = 113
+
+    def equal_leaves(self, answer, gold):
+        """Whether two numbers, expressions or texts are equal."""
+        a = _letters(answer)
+        b = _letters(gold)
+        if a == b:
+            return True
+        if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
+            return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
+        if PLAIN_GOLD.fullmatch(b) and not PLAIN_ANSWER.fullmatch(a):
+            return False  # the work is left undone
+        if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
+            return False  # words, but xy is yx
+        xs = self.values(answer)
+        ys = self.values(gold)
+        if not xs or not ys:
+            return False
+        if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
+            scale = 100 if a.endswith("%") else Fraction(1, 100)
+            return _close(xs[0], ys[0]) or _close(xs[0] * scale, ys[0])
+        return all(_close(x, y) or _rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
 
     def values(self, text):
         """The values of an expression at all points, [] if it has none or none within the bounds."""
@@ -415,232 +626,3 @@ class Evaluator:
         elif abs(value) < 1e-9 and abs(value) < 1e-14 * abs(operands[0]):
             value = 0.0  # what is left of floats that cancel, as in sin(pi)
         return value
-
-
-def _bits(value):
-    if not isinstance(value, Fraction):
-        return 64
-    return value.numerator.bit_length() + value.denominator.bit_length()
-
-
-# Comparison: an answer is a leaf, an equation or a group of answers (a list, set, interval, ...).
-
-MAX_DEPTH = 30  # nested brackets
-MAX_ITEMS = 30  # of a list in any order
-STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
-OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
-KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}": "determinant",
-         "()": "()", "[]": "[]", "(]": "(]", "[)": "[)"}
-TURNED = {">": "<", r"\ge": r"\le"}
-NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
-NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
-# The forms of a plain gold and of a plain answer.
-_OPEN = r"[-+({]*"
-_CLOSE = r"[)}]*"
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
-_GOLD = (r"\\mixed\{\d+\}\{\d+\}\{\d+\}"
-         rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
-         rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
-_POWER = (  # 1e5, 4*10^{5}, 10^{5}
-    rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}}|{_CLOSE}\^\{{[-+]?\d+\}})")
-PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_GOLD}){_CLOSE}[%°]?")
-PLAIN_ANSWER = re.compile(rf"{_OPEN}(?:{_GOLD}|{_POWER}){_CLOSE}[%°]?")
-CHOICE = re.compile("[A-Ea-e]")  # whatever its case; `(B) 5`, with its value, is the choice B
-CHOICE_WITH_VALUE = re.compile(
-    r"^(?:\\text ?\{)?\(([A-E])\)\}?[ ~*]*[-+]?(?:\d|\.\d|\\(?:frac|sqrt|pi))[^A-Z,()]*$")
-GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)", re.ASCII)  # 1,234
-BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")  # 52_{8}
-DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
-
-
-def answers_equal(answer, gold):
-    """Whether the answer equals the gold. An empty gold equals nothing, and neither does a value
-    that is not a string. An answer beyond the bounds above equals only itself."""
-    if not isinstance(answer, str) or not isinstance(gold, str):
-        return False
-    if max(len(answer), len(gold)) > MAX_LENGTH:
-        return answer.strip() == gold.strip()
-    a = _clean(answer.strip())
-    b = _clean(gold.strip())
-    if CHOICE.fullmatch(b):
-        a = CHOICE_WITH_VALUE.sub(r"\1", a)
-    if not a.strip("{} ") or not b.strip("{} "):
-        return False
-    if a == b or answer.strip() == gold.strip():
-        return True
-    if PLAIN.fullmatch(a) and PLAIN.fullmatch(b):
-        return Fraction(a) == Fraction(b)
-    evaluator = Evaluator("\n".join(sorted([a, b])))
-    # 100,200 is one number or, unless a group begins with 0, two: whichever makes them equal.
-    joined = [_join_groups(a), _join_groups(b)]
-    lists = joined != [a, b] and not re.search(r",0\d\d", a + b)
-    return _equal(*joined, evaluator) or lists and _equal(a, b, evaluator)
-
-
-def _join_groups(text):
-    if "," not in text or re.search(r"[(\[]|\\\{", text):
-        return text
-    return GROUPED.sub(lambda group: group[0].replace(",", ""), text)
-
-
-def _split(text, separators):
-    """The parts of a text between separators that no brackets hold, and the separators."""
-    parts = []
-    start = 0
-    depth = 0
-    for mark in STRUCTURE.finditer(text):
-        if depth == 0 and mark[0] in separators:
-            parts += [text[start:mark.start()].strip(), mark[0]]
-            start = mark.end()
-        else:
-            depth += (mark[0][-1] in "([{") - (mark[0][-1] in ")]}")
-        if depth > MAX_DEPTH:
-            break
-    return [text] if depth else [*parts, text[start:].strip()]  # a stray bracket makes it a text
-
-
-def _items(text):
-    """The texts between commas; one with ± is two, unless it is a set."""
-    items = []
-    for item in filter(None, _split(text, ",;")[::2]):
-        if re.search(r"^(?!\\\{).*\\(?:pm|mp)\b", item):
-            items.append(item.replace(r"\pm", "+").replace(r"\mp", "-"))
-            items.append(item.replace(r"\pm", "-").replace(r"\mp", "+"))
-        else:
-            items.append(item)
-    return items
-
-
-@lru_cache(maxsize=4096)
-def _read(text):
-    """(kind, items) of a cleaned text: a leaf is one text, and an equation has two sides."""
-    items = _items(text)
-    if len(items) != 1:
-        return "list", items
-    text = items[0]
-    parts = _split(text, RELATIONS)
-    if len(parts) > 1:
-        return _read_relation(text, parts[::2], parts[1::2])
-    opening = OPENING.match(text)
-    closing = _split(text[opening.end():], (")", "]", "}", r"\}")) if opening else []
-    kind = KINDS.get(opening[0].replace(" ", "") + closing[1]) if closing[2:] == [""] else None
-    if not kind:
-        return ("set", []) if text == r"\emptyset" else ("leaf", [text])
-    items = _items(closing[0])
-    if len(items) == 1 and kind in ("list", "set", "()", "[]"):
-        return _read(items[0])
-    if len(items) == 1 and kind == "matrix":
-        return "row", _read(items[0])[1]
-    return kind, items
-
-
-def _read_relation(text, sides, signs):
-    """An equation, or an interval that is written as an inequality."""
-    if signs[0] in TURNED:  # so that they rise
-        signs = [TURNED.get(sign, sign) for sign in reversed(signs)]
-        sides = sides[::-1]
-    named = [bool(NAMED.match(_letters(side) + "=")) for side in sides]
-    if signs == [r"\in"] and named[0]:
-        return _read(sides[1])
-    if set(signs) == {"="}:
-        turned = named[-1] and not named[0]  # 5 = x
-        return "=", [sides[-1], sides[0]] if turned else [sides[0], sides[-1]]
-    if {"<", r"\le"}.issuperset(signs) and named in ([True, False], [False, True], [False, True, False]):
-        low = r"(-\infty" if named[0] else {"<": "("}.get(signs[0], "[") + sides[0]
-        high = r"\infty)" if named[-1] else sides[-1] + {"<": ")"}.get(signs[-1], "]")
-        return _read(f"{low},{high}")
-    return "leaf", [text]
-
-
-@lru_cache(maxsize=4096)
-def _letters(text):
-    """A text without spaces; words also without case."""
-    text = TEXT.sub(r"\1", text).replace(" ", "")
-    word = text.isalpha() and (len(text) > 1 or CHOICE.fullmatch(text))  # the variable m is not M
-    return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
-
-
-def _equal(answer, gold, evaluator):
-    """Whether two cleaned texts are equal."""
-    kind, items = _read(answer)
-    other, others = _read(gold)
-    if kind == other == "leaf":
-        return _equal_leaves(items[0], others[0], evaluator)
-    if kind == other == "=":
-        if _letters(items[0]) == _letters(others[0]):
-            return _equal(items[1], others[1], evaluator)
-        xs = evaluator.values(f"({items[0]})-({items[1]})")
-        ys = evaluator.values(f"({others[0]})-({others[1]})")
-        varies = len(set(xs)) > 1 and len(set(ys)) > 1
-        return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))  # proportional
-    if kind == "=":
-        plain = PLAIN_GOLD.fullmatch(_letters(gold))
-        return _names(*items, plain, evaluator) and _equal(items[1], gold, evaluator)
-    if other == "=":
-        return _names(*others, False, evaluator) and _equal(answer, others[1], evaluator)
-    if len(items) != len(others):
-        return False
-    if {kind, other} <= {"list", "set"} and len(items) <= MAX_ITEMS:  # in any order
-        for item in items:
-            found = [other for other in others if _equal(item, other, evaluator)]
-            if not found:
-                return False
-            others = [*others]
-            others.remove(found[0])
-        return True
-    # A tuple may lose its parentheses, and a vector may be written as a tuple.
-    alike = kind == other or "()" in (kind, other) and {kind, other} <= {"()", "list", "matrix", "row"}
-    return alike and all(_equal(x, y, evaluator) for x, y in zip(items, others))
-
-
-def _names(left, right, plain, evaluator):
-    """Whether an equation stands for its right side."""
-    if NAMED.match(f"{_letters(left)}={_letters(right)}"):  # x = 5
-        return True
-    difference = evaluator.values(f"({left})-({right})")
-    if difference and not any(difference):  # 2 + 3 = 5
-        return True
-    values = evaluator.values(left)
-    letter = re.search(r"(?<![\\A-Za-z])[A-Za-z]", left)
-    return bool(plain and (len(set(values)) > 1 or letter and not values))  # m + n = 113
-
-
-def _equal_leaves(answer, gold, evaluator):
-    """Whether two numbers, expressions or texts are equal."""
-    a = _letters(answer)
-    b = _letters(gold)
-    if a == b:
-        return True
-    if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
-        return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
-    if PLAIN_GOLD.fullmatch(b) and not PLAIN_ANSWER.fullmatch(a):
-        return False  # the work is left undone
-    if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
-        return False  # words, but xy is yx
-    xs = evaluator.values(answer)
-    ys = evaluator.values(gold)
-    if not xs or not ys:
-        return False
-    if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
-        scale = 100 if a.endswith("%") else Fraction(1, 100)
-        return _close(xs[0], ys[0]) or _close(xs[0] * scale, ys[0])
-    return all(_close(x, y) or _rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
-
-
-def _rounds(text, x, y):
-    """Whether a decimal with eight digits or more, worth x, is y rounded or cut off."""
-    decimal = DECIMAL.fullmatch(text)
-    if not decimal or len((decimal[1] + decimal[2]).lstrip("0")) < 8:
-        return False
-    step = 10.0 ** -len(decimal[2])
-    return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
-
-
-def _close(a, b):
-    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    try:
-        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
-    except OverflowError:  # a fraction too large for a float
-        return False
