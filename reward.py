@@ -48,9 +48,10 @@ def score(completion, golds):
 MAX_LENGTH = 500  # characters of an answer; a longer one equals only itself
 MAX_MARKS = 1000  # headers, labels and boxes of a completion, counted from its end
 MAX_TRIES = 8     # boxes of a problem that are read, counted from its last
-# The number or letter of a problem, and perhaps another: `Answers 1-3` belong to no problem.
-INDEX = (r"[ \t*_#(]{0,4}(?:([0-9]{1,99})|i)(?![0-9A-Za-z])"
-         r"([ \t]?(?:[-–,&]|and|to)[ \t]?[0-9])?")
+# The number of a problem or the letter i, but no number if there are several, as in `Answers 1-3`.
+SEVERAL = r"[ \t]?(?:[-–,&]|and|to)[ \t]?[0-9]"
+INDEX = (rf"[ \t*_#(]{{0,4}}(?:([0-9]{{1,99}})(?!{SEVERAL})|(i)|[0-9]{{1,99}})(?![0-9A-Za-z])"
+         rf"(?:{SEVERAL})?")
 HEADER = re.compile("Problem" + INDEX)
 HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}$")
 LABEL = re.compile(r"Answer(?:[ \t](?:to|for))?(?:[ \t]Problem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
@@ -89,8 +90,8 @@ def extract_answers(completion, n):
 def find_headers(completion):
     """The headers `### Problem i` as pairs: the problem's number (0 if there is not exactly one),
     and the offset in the completion at which the header's line starts."""
-    headers = [mark for mark in _marks(completion) if mark.re is HEADER]
-    return [(_index(mark, 0), mark.string.rfind("\n", 0, mark.start()) + 1) for mark in headers]
+    return [(int(mark[1] or 0), mark.string.rfind("\n", 0, mark.start()) + 1)
+            for mark in _marks(completion) if mark.re is HEADER]
 
 
 def _marks(completion):
@@ -107,11 +108,6 @@ def _marks(completion):
     return sorted(marks, key=re.Match.start)
 
 
-def _index(mark, section):
-    """The problem of a header or label: the section's for the letter i, 0 for several."""
-    return 0 if mark[2] else int(mark[1] or section)
-
-
 def _boxes(completion, n):
     """{(index, whether they are labelled): its boxes, in order}."""
     marks = _marks(completion)
@@ -120,13 +116,15 @@ def _boxes(completion, n):
     found = {}
     for mark in marks:
         if mark.re is HEADER:
-            section = _index(mark, 0)
+            section = int(mark[1] or 0)
             label = None
         elif mark.re is LABEL:
             label = mark
         else:
             labelled = label and LABEL_REACH.fullmatch(mark.string, label.end(), mark.start())
-            index = _index(label, section) if labelled else section
+            index = section
+            if labelled and not label[2]:  # the letter i stands for the section's number
+                index = int(label[1] or 0)
             found.setdefault((index, bool(labelled)), []).append(mark)
     return found
 
@@ -301,6 +299,7 @@ OPERATIONS = FUNCTIONS | {
 GROUPS = {"frac": 2, "mixed": 3, "abs": 1, "sqrt": 1, "root": 2, "binom": 2, "floor": 1, "ceil": 1,
           "logbase": 1}  # how many follow a command
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100)}
+ANGLE = re.compile("sin|cos|tan|cot|sec|csc")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
 END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to what precedes it
@@ -463,11 +462,8 @@ class Comparison:
     floats. Variables have values at a few points, which are drawn from the text of both."""
 
     def __init__(self, both):
-        self.seed = zlib.crc32(both.encode(errors="replace"))
+        self.both = both
         self.whole = r"\floor" in both or r"\ceil" in both  # variables are whole numbers
-        self.signed = r"\abs" in both
-        angle = re.search("sin|cos|tan|cot|sec|csc", both)
-        self.constants = CONSTANTS | {"°": math.pi / 180 if angle else Fraction(1)}
         self.work = 0
         self.known = {}
 
@@ -557,18 +553,15 @@ class Comparison:
     def expression(self, strength):
         """The value of an operand and of what binds to it more strongly than `strength`."""
         if self.tokens[-1] in ("+", "-"):
-            sign = self.tokens.pop()
-            value = self.expression(FACTOR)
-            value = -value if sign == "-" else value
+            value = self.apply(self.tokens.pop(), Fraction(0), self.expression(FACTOR))
         else:
             value = self.atom()
         while (binding := BINDING.get(self.tokens[-1], FACTOR)) > strength:
+            operands = [value]
             token = self.tokens.pop() if self.tokens[-1] in OPERATIONS else "*"
-            if token == "!":
-                value = self.apply("!", value)
-            else:
-                right = self.expression(FACTOR if binding == PRODUCT else binding)
-                value = self.apply(token, value, right)
+            if token != "!":
+                operands.append(self.expression(FACTOR if binding == PRODUCT else binding))
+            value = self.apply(token, *operands)
         return value
 
     def atom(self):
@@ -584,8 +577,10 @@ class Comparison:
             return value
         if token[0] in "0123456789.":
             return Fraction(token)
-        if name in self.constants:
-            return self.constants[name]
+        if token == "°":
+            return math.pi / 180 if ANGLE.search(self.both) else Fraction(1)
+        if name in CONSTANTS:
+            return CONSTANTS[name]
         return self.command(name) if name in OPERATIONS else self.variable(name)
 
     def command(self, name):
@@ -604,10 +599,11 @@ class Comparison:
         if not name[:1].isalnum():
             raise ValueError("an operand is missing")
         self.varies = True
-        draw = zlib.crc32(f"{self.point}{name}".encode(errors="replace"), self.seed)
+        draw = zlib.crc32(f"{self.point}{name}{self.both}".encode(errors="replace"))
         if self.whole:
             return Fraction(1 + draw % 16)
-        return Fraction(500 + draw % 2500, -997 if self.signed and self.point else 997)
+        negative = self.point and r"\abs" in self.both
+        return Fraction(500 + draw % 2500, -997 if negative else 997)
 
     def apply(self, name, *operands):
         """The value of an operation. Raises where it has none, or none that can be held."""
