@@ -18,14 +18,13 @@ y = 2x+3           | 2x - y + 3 = 0                             | y = 2x-3
 
 A plain gold asks for a plain answer, so that copying "14 + 6 + 3" out of a problem earns nothing. A
 plain gold is an integer, a decimal, a fraction of integers, a mixed number or a percentage, with or
-without a unit. A plain answer is one of these, scientific notation, or one power of a number; sums,
-products, factorials, roots and functions leave the work undone. An equation with a variable on its
-left is the answer on its right. Any other gold is compared by value. This applies to each item of a
-list, set, tuple or interval.
+without a unit; a plain answer may also be scientific notation or one power of a number. An equation
+with a variable on its left is the answer on its right. Any other gold is compared by value. This
+applies to each item of a list, set, tuple or interval.
 
-Fractions are compared exactly, other numbers to 1e-9, texts without regard to case. Expressions in
-variables are equal if their values agree at points that are drawn from both texts. No text makes
-this file raise, and everything that could grow is bounded before it is computed.
+Fractions are compared exactly, other numbers to 1e-9, texts without regard to case, and expressions
+by their values at points drawn from both texts. No text makes this file raise, and everything that
+could grow is bounded before it is computed.
 """
 
 import cmath
@@ -174,13 +173,10 @@ MIXED = r"\\mixed{\1}{\2}{\3}"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
     ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),       # 1{,}234  10,\!080
-    ("\\end", r"(?:\\\\)?\s*\\end ?\{\w+\}", r")}"),                            # a matrix is spelled
-    ("\\begin", r"\\begin ?\{[vV]matrix\}", r"\\determinant{("),                # \matrix{(1,2),(3,4)}
-    ("\\begin", r"\\begin ?\{\w+\}(?:\{[lcr| ]*\})?", r"\\matrix{("),
-    ("{(", r"&", ","),
-    ("{(", r"\\\\", "),("),
-    ("", r"\\(?:[A-Za-z]+|.)|[$~]|[<>:]=|\+/-|[^\x00-\x7f]",                    # \dfrac  \leq  ∞
-     lambda match: SPELLINGS.get(match[0], match[0])),
+    ("\\begin", r"\\begin ?\{[vV]matrix\}", r"\\determinant{("),                # a matrix is spelled
+    ("\\begin", r"\\begin ?\{\w+\}(?:\{[lcr| ]*\})?", r"\\matrix{("),          # \matrix{(1,2),(3,4)}
+    ("\\end", r"(?:\\\\)?\s*\\end ?\{\w+\}", r")}"), ("{(", "&", ","), ("{(", r"\\\\", "),("),
+    ("", r"\\(?:[A-Za-z]+|.)|[$~]|[<>:]=|\+/-|[^\x00-\x7f]", lambda m: SPELLINGS.get(m[0], m[0])),
     ("\\text", r"\\text", r" \\text"),
     ("", r"\s+", " "),
     ("\\text", r" ?\\text ?\{ ?([ei]|[\d., -]*) ?\}|^[ {]*\\text ?\{([^{}]*)\}[ .}]*$", r"\1\2"),
@@ -212,9 +208,8 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("=", r"^((?:[-\d./ {}]|\\frac)+)=([^=]+)$", r"\2=\1"),                   # 5 = x
     ("\\in", rf"(^|,) ?{NAME} ?\\in(?![a-z])", r"\1"),                        # x \in [0,1]
     ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                      # (C)  C.  C)
-    ("]", r"(^|,|\\in|=) ?\]", r"\1("),                                         # ]1,2[ is (1,2)
-    ("[", r"\[(?= ?,| ?$)", ")"),
-    (" ", UNIT, lambda match: match[0] if HEDGE.search(match[0]) else ""),      # 5 cm
+    ("]", r"(^|,|\\in|=) ?\]", r"\1("), ("[", r"\[(?= ?,| ?$)", ")"),           # ]1,2[ is (1,2)
+    (" ", UNIT, lambda m: m[0] if HEDGE.search(m[0]) else ""),                  # 5 cm
     (" ", r"(?<=\d) (?=\d)", "~"),                                              # 1 2 is not 12
 )]
 PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?")  # needs no cleaning; most golds are
@@ -308,8 +303,7 @@ BINDING = {"\\" + name: PRODUCT for name in FUNCTIONS} | {
 BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
 STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
-KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix", r"\determinant{}": "determinant",
-         "()": "()", "[]": "[]", "(]": "(]", "[)": "[)"}
+KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix"}
 TURNED = {">": "<", r"\ge": r"\le"}
 NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
 # The forms of a plain gold and of a plain answer.
@@ -397,15 +391,15 @@ def _read(text):
         return _read_relation(text, parts[::2], parts[1::2])
     opening = OPENING.match(text)
     closing = _split(text[opening.end():], (")", "]", "}", r"\}")) if opening else []
-    kind = KINDS.get(opening[0].replace(" ", "") + closing[1]) if closing[2:] == [""] else None
-    if not kind:
+    if closing[2:] != [""]:  # no brackets enclose all of the text
         return ("set", []) if text == r"\emptyset" else ("leaf", [text])
+    brackets = opening[0].replace(" ", "") + closing[1]
     items = _items(closing[0])
-    if len(items) == 1 and kind in ("list", "set", "()", "[]"):
-        return _read(items[0])
-    if len(items) == 1 and kind == "matrix":
+    if len(items) == 1 and brackets == r"\matrix{}":
         return "row", _read(items[0])[1]
-    return kind, items
+    if len(items) == 1 and brackets in ("{}", r"\{\}", "()", "[]"):
+        return _read(items[0])
+    return KINDS.get(brackets, brackets), items
 
 
 def _read_relation(text, sides, signs):
