@@ -49,19 +49,20 @@ MAX_MARKS = 1000  # headers, labels and boxes of a completion, counted from its 
 MAX_TRIES = 8     # boxes of a problem that are read, counted from its last
 # The number of a problem or the letter i, but no number if there are several, as in `Answers 1-3`.
 SEVERAL = r"[ \t]?(?:[-–,&]|and|to)[ \t]?[0-9]"
-INDEX = (rf"[ \t*_#(]{{0,4}}(?:([0-9]{{1,99}})(?!{SEVERAL})|(i)|[0-9]{{1,99}})(?![0-9A-Za-z])"
+INDEX = (rf"[ \t*_#($]{{0,4}}(?:([0-9]{{1,99}})(?!{SEVERAL})|(i)|[0-9]{{1,99}})(?![0-9A-Za-z])"
          rf"(?:{SEVERAL})?")
 HEADER = re.compile("Problem" + INDEX)
 HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}$")
-LABEL = re.compile(r"Answer(?:[ \t](?:to|for))?(?:[ \t]Problem)?" + INDEX + r"[ \t*_)]{0,4}[:：]")
+LABEL = re.compile(r"Answer(?:[ \t](?:to|for))?(?:[ \t]Problem)?" + INDEX + r"[ \t*_)$]{0,4}[:：]")
 # A label begins its line, apart from markup, or follows the end of a sentence or of a box.
-LABEL_START = re.compile(
-    r"(?:^|[\n.!?;}>])(?:[\s*_#>|$()\\\]\",-]|\d\)|and ){0,20}(?:[Ff]inal )?$")
+LABEL_START = re.compile(r"(?:^|[\n.!?;>]|boxed ?\{[^\n]{1,60}\})"
+                         r"(?:[\s*_#>|$()\\\]\",;&-]|\d\)|and ){0,20}(?:[Ff]inal )?$")
 # A label owns the boxes of its line or, if that has none, the box that follows immediately.
 LABEL_REACH = re.compile(r"[^\n]{0,1000}|[\s$*_:>\\\[\](){}-]{0,100}")
 # A box without braces needs a value: digits, a command or a letter; "\boxed as asked" is prose.
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s{0,9}(?:(?=\{)|([-+]?\.?\d[^\s$\\{}]{0,99}"
-                 r"|[-+]?\\[A-Za-z]+[^\s$]{0,99}|[A-Za-z](?![A-Za-z])))")
+BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-z])\s{0,9}(?:(?=\{)|([-+]?\.?\d[^\s$\\{}()]{0,99}"
+    r"|[-+]?\\(?!boxed|fbox)[A-Za-z]+[^\s$]{0,99}|[A-Za-z](?![A-Za-z])[^\s$\\{}()]{0,99}))")
 ANYWHERE = re.compile("")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{[\s.…]*\})*")
@@ -103,7 +104,7 @@ def _marks(completion):
         text = text.replace(word.upper(), word).replace(word.lower(), word)
         first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 2)
         marks += [mark for mark in pattern.finditer(text, first)
-                  if start.search(text, max(0, mark.start() - 40), mark.start())]
+                  if start.search(text, max(0, mark.start() - 90), mark.start())]
     return sorted(marks, key=re.Match.start)
 
 
