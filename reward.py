@@ -167,7 +167,7 @@ HEDGE = re.compile(  # but words that express doubt, offer a choice or change th
     r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
     r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
     r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
-    r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.I)
+    r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.IGNORECASE)
 NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
 NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
 MIXED = r"\\mixed{\1}{\2}{\3}"
@@ -233,21 +233,12 @@ def _clean(text):
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
-# Value and comparison: an answer is a leaf (a number, an expression or a text), an equation or a
-# group of answers (a list, set, tuple, interval or matrix). Expressions are computed by recursive
-# descent over their tokens.
+# Value: an expression is computed by recursive descent over its tokens.
 
-MAX_DEPTH = 30      # nested brackets
-MAX_ITEMS = 30      # of a list in any order
 MAX_BITS = 130_000  # of a power
 MAX_FACTORIAL = 5000
 MAX_WORK = 350_000  # of a comparison: bits read and written, and 300 for each step
-TOKEN = re.compile(
-    r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-    r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
-TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-WHOLE = Fraction(1, 10**12)  # how close a number is that counts as whole
-FAILURES = (ArithmeticError, ValueError, LookupError, TypeError, RecursionError)
+TOLERANCE = Fraction(1, 10**12)  # of floor and ceil
 
 
 def _log(a):
@@ -280,6 +271,11 @@ def _binomial(n, k):
     return _factorial(n) / (_factorial(k) * _factorial(n - k))
 
 
+def _bits(value):
+    exact = isinstance(value, Fraction)
+    return value.numerator.bit_length() + value.denominator.bit_length() if exact else 64
+
+
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda a: 1 / cmath.tan(a),
     "sec": lambda a: 1 / cmath.cos(a), "csc": lambda a: 1 / cmath.sin(a), "sinh": cmath.sinh,
@@ -290,42 +286,137 @@ OPERATIONS = FUNCTIONS | {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power,
     "!": _factorial, "frac": operator.truediv, "mixed": lambda a, b, c: a + b / c, "abs": abs,
     "sqrt": lambda a: _power(a, Fraction(1, 2)), "root": lambda n, a: _power(a, 1 / n),
-    "binom": _binomial, "floor": lambda a: Fraction(math.floor(a.real + WHOLE)),
-    "ceil": lambda a: Fraction(math.ceil(a.real - WHOLE))}
+    "binom": _binomial, "floor": lambda a: Fraction(math.floor(a.real + TOLERANCE)),
+    "ceil": lambda a: Fraction(math.ceil(a.real - TOLERANCE))}
 GROUPS = {"frac": 2, "mixed": 3, "abs": 1, "sqrt": 1, "root": 2, "binom": 2, "floor": 1, "ceil": 1,
           "logbase": 1}  # how many follow a command
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "%": Fraction(1, 100)}
-ANGLE = re.compile("sin|cos|tan|cot|sec|csc")
+TOKEN = re.compile(
+    r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\text ?\{[^{}]*\}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
+    r"|\\[A-Za-z]+|\\.|[A-Za-z]{4,}|[A-Za-z]'*(?:\(0\))?|\S", re.ASCII)
+TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
 END, SUM, PRODUCT, FACTOR, POWER = range(5)  # how strongly a token binds to what precedes it
 BINDING = {"\\" + name: PRODUCT for name in FUNCTIONS} | {
     "+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
 BINDING |= dict.fromkeys(["", ",", ")", "]", "}", *RELATIONS], END)
-STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
-OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
-KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix"}
-TURNED = {">": "<", r"\ge": r"\le"}
-NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
-# The forms of a plain gold and of a plain answer.
-_OPEN = r"[-+({]*"
-_CLOSE = r"[)}]*"
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
-_GOLD = (r"\\mixed\{\d+\}\{\d+\}\{\d+\}"
-         rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
-         rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
-_POWER = (  # 1e5, 4*10^{5}, 10^{5}
-    rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}}|{_CLOSE}\^\{{[-+]?\d+\}})")
-PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_GOLD}){_CLOSE}[%°]?")
-PLAIN_ANSWER = re.compile(rf"{_OPEN}(?:{_GOLD}|{_POWER}){_CLOSE}[%°]?")
+
+
+class Evaluator:
+    """The values of expressions in one comparison. Numbers are fractions while they are exact, else
+    floats. Variables have values at a few points, which are drawn from the texts of both sides."""
+
+    def __init__(self, both):
+        self.both = both
+        self.whole = r"\floor" in both or r"\ceil" in both  # variables are whole numbers
+        self.work = 0
+        self.known = {}
+
+    def values(self, text):
+        """The values of an expression at all points, [] if it has none or none within the bounds."""
+        if text in self.known:
+            return self.known[text]
+        values = self.known[text] = []
+        points = 10 if self.whole else 2
+        try:
+            while len(values) < points:
+                self.point = len(values)
+                self.tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
+                self.varies = False
+                values.append(self.expression(END))
+                if self.tokens != [""]:
+                    raise ValueError("a stray bracket")
+                if not self.varies:
+                    values *= points
+        except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError):
+            values.clear()
+        return values
+
+    def expression(self, strength):
+        """The value of an operand and of what binds to it more strongly than `strength`."""
+        if self.tokens[-1] in ("+", "-"):
+            value = self.apply(self.tokens.pop(), Fraction(0), self.expression(FACTOR))
+        else:
+            value = self.atom()
+        while (binding := BINDING.get(self.tokens[-1], FACTOR)) > strength:
+            operands = [value]
+            token = self.tokens.pop() if self.tokens[-1] in OPERATIONS else "*"
+            if token != "!":
+                operands.append(self.expression(FACTOR if binding == PRODUCT else binding))
+            value = self.apply(token, *operands)
+        return value
+
+    def atom(self):
+        """The value of a number, name or group, or of a command with its arguments."""
+        token = self.tokens.pop()
+        name = TEXT.sub(r"\1", token).strip("\\ ")
+        if self.tokens[-1][:1] == "_":  # a subscript
+            return self.variable(name + self.tokens.pop())
+        if token in CLOSING:
+            value = self.expression(END)
+            if self.tokens.pop() != CLOSING[token]:
+                raise ValueError("brackets")
+            return value
+        if token[0] in "0123456789.":
+            return Fraction(token)
+        if token == "°":
+            angle = re.search("sin|cos|tan|cot|sec|csc", self.both)
+            return math.pi / 180 if angle else Fraction(1)
+        if name in CONSTANTS:
+            return CONSTANTS[name]
+        return self.command(name) if name in OPERATIONS else self.variable(name)
+
+    def command(self, name):
+        r"""A command takes groups; a function then takes all factors that follow, as in \sin 2x."""
+        operands = [self.atom() for _ in range(GROUPS.get(name, 0))]
+        exponent = Fraction(1)
+        if name in FUNCTIONS:
+            if self.tokens[-1] == "^":
+                self.tokens.pop()
+                exponent = self.expression(POWER)
+            grouped = self.tokens[-1] in CLOSING
+            operands.append(self.atom() if grouped else self.expression(PRODUCT))
+        return self.apply("^", self.apply(name, *operands), exponent)
+
+    def variable(self, name):
+        if not name[:1].isalnum():
+            raise ValueError("an operand is missing")
+        self.varies = True
+        draw = zlib.crc32(f"{self.point}{name}{self.both}".encode(errors="replace"))
+        if self.whole:
+            return Fraction(1 + draw % 16)
+        negative = self.point and r"\abs" in self.both
+        return Fraction(500 + draw % 2500, -997 if negative else 997)
+
+    def apply(self, name, *operands):
+        """The value of an operation. Raises where it has none, or none that can be held."""
+        self.work += 300 + sum(map(_bits, operands))
+        if name in ("!", "binom"):
+            self.work += 8 * int(operands[0].real)
+        if self.work > MAX_WORK:
+            raise OverflowError
+        value = OPERATIONS[name](*operands)
+        self.work += _bits(value)
+        if isinstance(value, Fraction):
+            return value
+        if name in ("*", "/", "frac", "^", "exp"):
+            if value == 0 and all(operands) or not cmath.isfinite(value):
+                raise OverflowError  # too small or too large for a float
+        elif abs(value) < 1e-9 and abs(value) < 1e-14 * abs(operands[0]):
+            value = 0.0  # what is left of floats that cancel, as in sin(pi)
+        return value
+
+
+# Comparison: an answer is a leaf (a number, expression or text), an equation or a group of answers (a
+# list, set, tuple, interval or matrix).
+
 CHOICE = re.compile("[A-Ea-e]")  # whatever its case; `(B) 5`, with its value, is the choice B
 CHOICE_WITH_VALUE = re.compile(
     r"^(?:\\text ?\{)?\(([A-E])\)\}?[ ~*]*[-+]?(?:\d|\.\d|\\(?:frac|sqrt|pi))[^A-Z,()]*$")
 GROUPED = re.compile(  # the comma of 1,234, outside of brackets
     r"(?<!\d{4})(?<!\d,\d)(?<!\d,\d\d)(?<!\.\d)(?<!\.\d\d)(?<!\.\d{3})(?<=\d),"
     r"(?=\d{3}(?:,\d{3})*(?!\d|,\d))(?![^(\[]*(?:[)\]]|\\\}))", re.ASCII)
-BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")  # 52_{8}
-DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
 
 
 def answers_equal(answer, gold):
@@ -347,10 +438,20 @@ def answers_equal(answer, gold):
         return Fraction(a) == Fraction(b)
     # 100,200 is one number or, unless a group begins with 0, two: whichever makes them equal.
     joined = [GROUPED.sub("", a), GROUPED.sub("", b)]
-    comparison = Comparison("\n".join(sorted([a, b])))
-    if comparison.equal(*joined):
-        return True
-    return joined != [a, b] and not re.search(r",0\d\d", a + b) and comparison.equal(a, b)
+    separate = joined != [a, b] and not re.search(r",0\d\d", a + b)
+    values = Evaluator("\n".join(sorted([a, b]))).values
+    try:
+        return _equal(*joined, values) or separate and _equal(a, b, values)
+    except OverflowError:  # a fraction too large for a float
+        return False
+
+
+MAX_DEPTH = 30  # nested brackets
+STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
+OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
+KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix"}  # others are their own brackets
+TURNED = {">": "<", r"\ge": r"\le"}
+NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
 
 
 def _split(text, separators):
@@ -427,14 +528,87 @@ def _letters(text):
     return text.casefold() if word or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", text) else text
 
 
-def _close(a, b):
-    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    try:
-        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
-    except OverflowError:  # a fraction too large for a float
+# The forms of a plain gold and of a plain answer.
+_OPEN = r"[-+({]*"
+_CLOSE = r"[)}]*"
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_GOLD = (r"\\mixed\{\d+\}\{\d+\}\{\d+\}"
+         rf"|\\frac\{{{_OPEN}{_NUMBER}{_CLOSE}\}}\{{{_OPEN}{_NUMBER}{_CLOSE}\}}"
+         rf"|{_NUMBER}(?:{_CLOSE}/{_OPEN}{_NUMBER})*")
+_POWER = (  # 1e5, 4*10^{5}, 10^{5}
+    rf"{_NUMBER}(?:[eE][-+]?\d+|{_CLOSE}\*{_OPEN}10\^\{{[-+]?\d+\}}|{_CLOSE}\^\{{[-+]?\d+\}})")
+PLAIN_GOLD = re.compile(rf"{_OPEN}(?:{_GOLD}){_CLOSE}[%°]?")
+PLAIN_ANSWER = re.compile(rf"{_OPEN}(?:{_GOLD}|{_POWER}){_CLOSE}[%°]?")
+BASE = re.compile(r"^([0-9A-F]*[0-9][0-9A-F]*)_\{[0-9]{1,2}\}$")  # 52_{8}
+DECIMAL = re.compile(r"[+-]?0*([0-9]*)\.([0-9]+)")
+MAX_ITEMS = 30  # of a list in any order
+
+
+def _equal(answer, gold, values):
+    """Whether two cleaned texts are equal."""
+    kind, items = _read(answer)
+    other, golds = _read(gold)
+    kinds = {kind, other}
+    if kinds == {"leaf"}:
+        return _equal_leaves(items[0], golds[0], values)
+    if kinds == {"="} and _letters(items[0]) != _letters(golds[0]):
+        xs = values("({})-({})".format(*items))
+        ys = values("({})-({})".format(*golds))
+        varies = len(set(xs)) > 1 and len(set(ys)) > 1
+        return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))
+    if "=" in kinds:
+        plain = PLAIN_GOLD.fullmatch(_letters(gold))
+        left, right = items if kind == "=" else golds
+        named = kind == other or _names(left, right, plain, values)
+        answer = right if kind == "=" else answer
+        return named and _equal(answer, golds[1] if other == "=" else gold, values)
+    if len(items) != len(golds):
         return False
+    if kinds <= {"list", "set"} and len(items) <= MAX_ITEMS:  # in any order
+        golds = list(golds)
+        for item in items:
+            found = [gold for gold in golds if _equal(item, gold, values)]
+            if not found:
+                return False
+            golds.remove(found[0])
+        return True
+    # A tuple may lose its parentheses, and a vector may be written as a tuple.
+    alike = len(kinds) == 1 or "()" in kinds and kinds <= {"()", "list", "matrix", "row"}
+    return alike and all(_equal(x, y, values) for x, y in zip(items, golds))
+
+
+def _names(left, right, plain, values):
+    """Whether an equation stands for its right side."""
+    if NAMED.match(f"{_letters(left)}={_letters(right)}"):  # x = 5
+        return True
+    difference = values(f"({left})-({right})")
+    if difference and not any(difference):  # 2 + 3 = 5
+        return True
+    points = values(left)
+    letter = re.search(r"(?<![\\A-Za-z])[A-Za-z]", left)
+    return bool(plain and (len(set(points)) > 1 or letter and not points))  # m + n = 113
+
+
+def _equal_leaves(answer, gold, values):
+    """Whether two numbers, expressions or texts are equal."""
+    a = _letters(answer)
+    b = _letters(gold)
+    if a == b:
+        return True
+    if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
+        return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
+    if PLAIN_GOLD.fullmatch(b) and not PLAIN_ANSWER.fullmatch(a):
+        return False  # the work is left undone
+    if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
+        return False  # words, but xy is yx
+    xs = values(answer)
+    ys = values(gold)
+    if not xs or not ys:
+        return False
+    if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
+        scale = 100 if a.endswith("%") else Fraction(1, 100)
+        return _close(xs[0], ys[0]) or _close(xs[0] * scale, ys[0])
+    return all(_close(x, y) or _rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
 
 
 def _rounds(text, x, y):
@@ -446,174 +620,11 @@ def _rounds(text, x, y):
     return abs(y - x) <= step / 2 or abs(x) < abs(y) and abs(y - x) < step
 
 
-def _bits(value):
-    if not isinstance(value, Fraction):
-        return 64
-    return value.numerator.bit_length() + value.denominator.bit_length()
-
-
-class Comparison:
-    """One comparison of an answer with a gold. Numbers are fractions while they are exact, else
-    floats. Variables have values at a few points, which are drawn from the text of both."""
-
-    def __init__(self, both):
-        self.both = both
-        self.whole = r"\floor" in both or r"\ceil" in both  # variables are whole numbers
-        self.work = 0
-        self.known = {}
-
-    def equal(self, answer, gold):
-        """Whether two cleaned texts are equal."""
-        kind, items = _read(answer)
-        other, golds = _read(gold)
-        kinds = {kind, other}
-        if kinds == {"leaf"}:
-            return self.equal_leaves(items[0], golds[0])
-        if kinds == {"="} and _letters(items[0]) != _letters(golds[0]):
-            xs = self.values("({})-({})".format(*items))
-            ys = self.values("({})-({})".format(*golds))
-            varies = len(set(xs)) > 1 and len(set(ys)) > 1
-            return varies and all(_close(xs[0] * y, ys[0] * x) for x, y in zip(xs, ys))
-        if "=" in kinds:
-            left, right = items if kind == "=" else golds
-            named = kind == other or self.names(left, right, PLAIN_GOLD.fullmatch(_letters(gold)))
-            answer = right if kind == "=" else answer
-            return named and self.equal(answer, golds[1] if other == "=" else gold)
-        if len(items) != len(golds):
-            return False
-        if kinds <= {"list", "set"} and len(items) <= MAX_ITEMS:  # in any order
-            golds = list(golds)
-            for item in items:
-                found = [gold for gold in golds if self.equal(item, gold)]
-                if not found:
-                    return False
-                golds.remove(found[0])
-            return True
-        # A tuple may lose its parentheses, and a vector may be written as a tuple.
-        alike = len(kinds) == 1 or "()" in kinds and kinds <= {"()", "list", "matrix", "row"}
-        return alike and all(map(self.equal, items, golds))
-
-    def names(self, left, right, plain):
-        """Whether an equation stands for its right side."""
-        if NAMED.match(f"{_letters(left)}={_letters(right)}"):  # x = 5
-            return True
-        difference = self.values(f"({left})-({right})")
-        if difference and not any(difference):  # 2 + 3 = 5
-            return True
-        values = self.values(left)
-        letter = re.search(r"(?<![\\A-Za-z])[A-Za-z]", left)
-        return bool(plain and (len(set(values)) > 1 or letter and not values))  # m + n = 113
-
-    def equal_leaves(self, answer, gold):
-        """Whether two numbers, expressions or texts are equal."""
-        a = _letters(answer)
-        b = _letters(gold)
-        if a == b:
-            return True
-        if "_" in a + b and BASE.sub(r"\1", a) == BASE.sub(r"\1", b):
-            return not (BASE.match(a) and BASE.match(b))  # 52 is 52_8, 52_9 is not
-        if PLAIN_GOLD.fullmatch(b) and not PLAIN_ANSWER.fullmatch(a):
-            return False  # the work is left undone
-        if a.isalpha() and b.isalpha() and not len(a) == len(b) == 2:
-            return False  # words, but xy is yx
-        xs = self.values(answer)
-        ys = self.values(gold)
-        if not xs or not ys:
-            return False
-        if a.endswith("%") != b.endswith("%"):  # the sign may be lost: 50% is 0.5 and 50
-            scale = 100 if a.endswith("%") else Fraction(1, 100)
-            return _close(xs[0], ys[0]) or _close(xs[0] * scale, ys[0])
-        return all(_close(x, y) or _rounds(a, x, y) or _rounds(b, y, x) for x, y in zip(xs, ys))
-
-    def values(self, text):
-        """The values of an expression at all points, [] if it has none or none within the bounds."""
-        if text in self.known:
-            return self.known[text]
-        values = self.known[text] = []
-        points = 10 if self.whole else 2
-        try:
-            while len(values) < points:
-                self.point = len(values)
-                self.tokens = ["", *reversed(TOKEN.findall(text))]  # the next one is the last
-                self.varies = False
-                values.append(self.expression(END))
-                if self.tokens != [""]:
-                    raise ValueError("a stray bracket")
-                if not self.varies:
-                    values *= points
-        except FAILURES:
-            values.clear()
-        return values
-
-    def expression(self, strength):
-        """The value of an operand and of what binds to it more strongly than `strength`."""
-        if self.tokens[-1] in ("+", "-"):
-            value = self.apply(self.tokens.pop(), Fraction(0), self.expression(FACTOR))
-        else:
-            value = self.atom()
-        while (binding := BINDING.get(self.tokens[-1], FACTOR)) > strength:
-            operands = [value]
-            token = self.tokens.pop() if self.tokens[-1] in OPERATIONS else "*"
-            if token != "!":
-                operands.append(self.expression(FACTOR if binding == PRODUCT else binding))
-            value = self.apply(token, *operands)
-        return value
-
-    def atom(self):
-        """The value of a number, name or group, or of a command with its arguments."""
-        token = self.tokens.pop()
-        name = TEXT.sub(r"\1", token).strip("\\ ")
-        if self.tokens[-1][:1] == "_":  # a subscript
-            return self.variable(name + self.tokens.pop())
-        if token in CLOSING:
-            value = self.expression(END)
-            if self.tokens.pop() != CLOSING[token]:
-                raise ValueError("brackets")
-            return value
-        if token[0] in "0123456789.":
-            return Fraction(token)
-        if token == "°":
-            return math.pi / 180 if ANGLE.search(self.both) else Fraction(1)
-        if name in CONSTANTS:
-            return CONSTANTS[name]
-        return self.command(name) if name in OPERATIONS else self.variable(name)
-
-    def command(self, name):
-        r"""A command takes groups; a function then takes all factors that follow, as in \sin 2x."""
-        operands = [self.atom() for _ in range(GROUPS.get(name, 0))]
-        exponent = Fraction(1)
-        if name in FUNCTIONS:
-            if self.tokens[-1] == "^":
-                self.tokens.pop()
-                exponent = self.expression(POWER)
-            grouped = self.tokens[-1] in CLOSING
-            operands.append(self.atom() if grouped else self.expression(PRODUCT))
-        return self.apply("^", self.apply(name, *operands), exponent)
-
-    def variable(self, name):
-        if not name[:1].isalnum():
-            raise ValueError("an operand is missing")
-        self.varies = True
-        draw = zlib.crc32(f"{self.point}{name}{self.both}".encode(errors="replace"))
-        if self.whole:
-            return Fraction(1 + draw % 16)
-        negative = self.point and r"\abs" in self.both
-        return Fraction(500 + draw % 2500, -997 if negative else 997)
-
-    def apply(self, name, *operands):
-        """The value of an operation. Raises where it has none, or none that can be held."""
-        self.work += 300 + sum(map(_bits, operands))
-        if name in ("!", "binom"):
-            self.work += 8 * int(operands[0].real)
-        if self.work > MAX_WORK:
-            raise OverflowError
-        value = OPERATIONS[name](*operands)
-        self.work += _bits(value)
-        if isinstance(value, Fraction):
-            return value
-        if name in ("*", "/", "frac", "^", "exp"):
-            if value == 0 and all(operands) or not cmath.isfinite(value):
-                raise OverflowError  # too small or too large for a float
-        elif abs(value) < 1e-9 and abs(value) < 1e-14 * abs(operands[0]):
-            value = 0.0  # what is left of floats that cancel, as in sin(pi)
-        return value
+def _close(a, b):
+    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    try:
+        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+    except OverflowError:
+        return False

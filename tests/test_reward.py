@@ -7,10 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings, strategies as st
-
-from reward import MAX_DEPTH, MAX_LENGTH, answers_equal, extract_answers, find_headers, score
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from reward_rewrites import changing, keeping
+
+from reward import (
+    MAX_DEPTH,
+    MAX_LENGTH,
+    answers_equal,
+    extract_answers,
+    find_headers,
+    score,
+)
 
 ANSWERS = Path(__file__).with_name("answers.tsv")
 SHARED = Path(__file__).parents[2] / "shared"
