@@ -23,8 +23,8 @@ with a variable on its left is the answer on its right. Any other gold is compar
 applies to each item of a list, set, tuple or interval.
 
 Fractions are compared exactly, other numbers to 1e-9, texts without regard to case, and expressions
-by their values at points drawn from both texts. No text makes this file raise, and everything that
-could grow is bounded before it is computed.
+by their values at points drawn from both texts. No text makes this file raise, and whatever could
+grow is bounded.
 """
 
 import cmath
@@ -55,7 +55,7 @@ HEADER = re.compile("Problem" + INDEX)
 HEADER_START = re.compile(r"(?:^|\n)[ \t]{0,3}(?:#{1,6}|\*\*)[ \t*]{0,4}$")
 LABEL = re.compile(r"Answer(?:[ \t](?:to|for))?(?:[ \t]Problem)?" + INDEX + r"[ \t*_)$]{0,4}[:：]")
 # A label begins its line, apart from markup, or follows the end of a sentence or of a box.
-LABEL_START = re.compile(r"(?:^|[\n.!?;>]|boxed ?\{[^\n]{1,60}\})"
+LABEL_START = re.compile(r"(?:^|[\n.!?;>]|boxed ?\{[^\n]{1,40}\})"
                          r"(?:[\s*_#>|$()\\\]\",;&-]|\d\)|and ){0,20}(?:[Ff]inal )?$")
 # A label owns the boxes of its line or, if that has none, the box that follows immediately.
 LABEL_REACH = re.compile(r"[^\n]{0,1000}|[\s$*_:>\\\[\](){}-]{0,100}")
@@ -104,7 +104,7 @@ def _marks(completion):
         text = text.replace(word.upper(), word).replace(word.lower(), word)
         first = max(0, len(text.rsplit(word, MAX_MARKS)[0]) - 2)
         marks += [mark for mark in pattern.finditer(text, first)
-                  if start.search(text, max(0, mark.start() - 90), mark.start())]
+                  if start.search(text, max(0, mark.start() - 60), mark.start())]
     return sorted(marks, key=re.Match.start)
 
 
@@ -237,7 +237,7 @@ def _clean(text):
 
 MAX_BITS = 130_000  # of a power
 MAX_FACTORIAL = 5000
-MAX_WORK = 350_000  # of a comparison: bits read and written, and 300 for each step
+MAX_WORK = 350_000  # of a comparison: bits read and written, and 350 for each step
 TOLERANCE = Fraction(1, 10**12)  # of floor and ceil
 
 
@@ -360,11 +360,10 @@ class Evaluator:
             return value
         if token[0] in "0123456789.":
             return Fraction(token)
-        if token == "°":
-            angle = re.search("sin|cos|tan|cot|sec|csc", self.both)
-            return math.pi / 180 if angle else Fraction(1)
         if name in CONSTANTS:
             return CONSTANTS[name]
+        if token == "°":
+            return math.pi / 180 if re.search("sin|cos|tan|cot|sec|csc", self.both) else Fraction(1)
         return self.command(name) if name in OPERATIONS else self.variable(name)
 
     def command(self, name):
@@ -391,9 +390,9 @@ class Evaluator:
 
     def apply(self, name, *operands):
         """The value of an operation. Raises where it has none, or none that can be held."""
-        self.work += 300 + sum(map(_bits, operands))
-        if name in ("!", "binom"):
-            self.work += 8 * int(operands[0].real)
+        self.work += 350 + sum(map(_bits, operands))
+        if name == "binom":
+            self.work += 16 * int(operands[0].real)
         if self.work > MAX_WORK:
             raise OverflowError
         value = OPERATIONS[name](*operands)
