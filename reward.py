@@ -205,7 +205,6 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("", rf"(?<!\\)(?<![A-Za-z][A-Za-z])(?:({NAMES})(?![A-Za-z]|$)|(pi)(?![A-Za-z]))", r"\\\1\2"),
     ("log", r"\\log ?_", r"\\logbase"),                                         # \log_2 8
     ("inf", r"\\?\b(?:[Ii]nfinity|inf)\b", r"\\infty"),
-    ("+", r"(^|[(\[,=]) ?\+", r"\1"),                                           # (2,+\infty)
     ("=", r"^((?:[-\d./ {}]|\\frac)+)=([^=]+)$", r"\2=\1"),                   # 5 = x
     ("\\in", rf"(^|,) ?{NAME} ?\\in(?![a-z])", r"\1"),                        # x \in [0,1]
     ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                      # (C)  C.  C)

@@ -256,6 +256,8 @@ SLOW = [
     "\\lfloor x\\rfloor," + ",".join(f"x+{k}" for k in range(60)),
     "x\\pm 1," * 60, "\\{x\\pm" * 40, "(x+1)" * 95, "2^{999}+" * 60 + "1", "(2^{999}/3^{600})" * 28,
     "\\sin^2 x+" * 50 + "1", "x!+" * 160 + "1",
+    "3^{82000}," * 50, "5000!," * 80, "5000!/4999!+" * 40 + "1", "\\binom{5000}{2500}*" * 25 + "1",
+    "\\sqrt{3^{82001}}," * 30, "(3^{41000})/(7^{20000})+" * 25 + "1", "x^{2024}+" * 55 + "1",
 ]
 
 
@@ -264,7 +266,7 @@ def test_long_answers_take_milliseconds(text):
     """Comparing long lists item by item, or expressions at several points, takes too long."""
     for gold in (text[::-1], ",".join(reversed(text.split(","))), "x+" + text):
         # measured: below 0.01 s, on a machine that does nothing else
-        assert quickest(answers_equal, text[:MAX_LENGTH], gold[:MAX_LENGTH]) < 0.03
+        assert quickest(answers_equal, text[:MAX_LENGTH], gold[:MAX_LENGTH]) < 0.05
 
 
 FLOODS = [
