@@ -162,14 +162,13 @@ SPELLINGS["\\ "] = " "
 UNIT = (  # texts or words that follow a number and end an answer or an item
     r"(?<=[\d.)}°%!i])(?:(?: \\text ?\{[^{}]*\}POWER)+| (?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz"
     r"|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?POWER(?:(?: [A-Za-z]{2,}|/[A-Za-z]+)POWER)"
-    r"{0,4})(?= ?(?:[,;)}\]]|\\\}|$))").replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
+    r"{0,4})(?= ?\.?(?:[,;)}\]]|\\\}|$))").replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
 HEDGE = re.compile(  # but words that express doubt, offer a choice or change the number are no unit
     r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
     r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
     r"|above|below|up|plus|minus|times|half|hundreds?|thousands?|[mbtr]+illions?|dozens?|pairs?"
     r"|squared|cubed|factorial|mod|wrong|incorrect|except)\b", re.IGNORECASE)
 NAMES = "sqrt|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
-NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
 MIXED = r"\\mixed{\1}{\2}{\3}"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
@@ -205,8 +204,6 @@ RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, mea
     ("", rf"(?<!\\)(?<![A-Za-z][A-Za-z])(?:({NAMES})(?![A-Za-z]|$)|(pi)(?![A-Za-z]))", r"\\\1\2"),
     ("log", r"\\log ?_", r"\\logbase"),                                         # \log_2 8
     ("inf", r"\\?\b(?:[Ii]nfinity|inf)\b", r"\\infty"),
-    ("=", r"^((?:[-\d./ {}]|\\frac)+)=([^=]+)$", r"\2=\1"),                   # 5 = x
-    ("\\in", rf"(^|,) ?{NAME} ?\\in(?![a-z])", r"\1"),                        # x \in [0,1]
     ("", r"^\(?([A-Za-z])[).:]*$", r"\1"),                                      # (C)  C.  C)
     ("]", r"(^|,|\\in|=) ?\]", r"\1("), ("[", r"\[(?= ?,| ?$)", ")"),           # ]1,2[ is (1,2)
     (" ", UNIT, lambda m: m[0] if HEDGE.search(m[0]) else ""),                  # 5 cm
@@ -448,6 +445,7 @@ MAX_DEPTH = 30  # nested brackets
 STRUCTURE = re.compile(r"\\[{}]|[()\[\]{}]|[,;]|[=<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 OPENING = re.compile(r"\\matrix ?\{|\\determinant ?\{|\\\{|[(\[{]")
 KINDS = {r"\{\}": "set", "{}": "list", r"\matrix{}": "matrix"}  # others are their own brackets
+NAME = r"(?:\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\([\w,]+\))?|\((?:[A-Za-z],)+[A-Za-z]\))"
 TURNED = {">": "<", r"\ge": r"\le"}
 NAMED = re.compile(rf"(?![A-Za-z]{{2,}}=[A-Za-z]+$){NAME}=", re.ASCII)  # SRAC = LRAC are two
 
@@ -504,12 +502,15 @@ def _read(text):
 
 def _read_relation(text, sides, signs):
     """An equation, or an interval that is written as an inequality."""
-    if set(signs) == {"="}:
-        return "=", [sides[0], sides[-1]]
     if signs[0] in TURNED:  # so that they rise
         signs = [TURNED.get(sign, sign) for sign in reversed(signs)]
         sides = sides[::-1]
     named = [bool(NAMED.match(_letters(side) + "=")) for side in sides]
+    if signs == [r"\in"] and named[0]:
+        return _read(sides[1])
+    if set(signs) == {"="}:
+        turned = named[-1] and not named[0]  # 5 = x
+        return "=", [sides[-1], sides[0]] if turned else [sides[0], sides[-1]]
     ordered = {"<", r"\le"}.issuperset(signs)
     if ordered and named in ([True, False], [False, True], [False, True, False]):
         low = r"(-\infty" if named[0] else {"<": "("}.get(signs[0], "[") + sides[0]
