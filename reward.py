@@ -470,7 +470,7 @@ def _items(text):
     """The texts between commas; one with ± is two, unless it is a set."""
     items = []
     for item in filter(None, _split(text, ",;")[::2]):
-        if re.search(r"^(?!\\\{).*\\(?:pm|mp)\b", item):
+        if re.search(r"^(?!\{?\\\{).*\\(?:pm|mp)\b", item):
             items.append(item.replace(r"\pm", "+").replace(r"\mp", "-"))
             item = item.replace(r"\pm", "-").replace(r"\mp", "+")
         items.append(item)
