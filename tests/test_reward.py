@@ -3,6 +3,7 @@ does not depend on other processes). The answers and their verdicts are in answe
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reward_rewrites import changing, keeping
 
+import reward
 from reward import (
     MAX_DEPTH,
     MAX_LENGTH,
@@ -57,6 +59,16 @@ def test_completions(golds, completion, verdicts):
 def test_the_table_is_complete():
     """A part of the table is lost, and with it the rules that it guards."""
     assert len(table("answer")) >= 640 and len(table("completion")) >= 105
+
+
+def test_examples_of_the_docstring():
+    """A reader of reward.py learns a rule that does not hold."""
+    rows = [line.split("|") for line in reward.__doc__.splitlines() if line.count("|") == 2]
+    assert len(rows) >= 12
+    for gold, right, wrong in rows[2:]:
+        for answers, verdict in ((right, True), (wrong, False)):
+            for answer in re.split("   +", answers.strip()):
+                assert answers_equal(answer, gold.strip()) is verdict, (gold, answer)
 
 
 def test_extract_answers_returns_the_text_of_the_box():
