@@ -51,7 +51,7 @@ def keeping(gold):
         rewrites["slash"] = f"{top}/{bottom}"
         rewrites["unreduced"] = f"\\frac{{{3 * top}}}{{{3 * bottom}}}"
         if not (10**6 * Fraction(top, bottom)).denominator > 1:
-            rewrites["decimal"] = f"{Fraction(top, bottom).numerator / Fraction(top, bottom).denominator:.6f}"
+            rewrites["decimal"] = f"{top / bottom:.6f}"
     if NUMBER.fullmatch(core):
         rewrites["zeros"] = core + ("0" if "." in core else ".00")
         doubled = f"\\frac{{{2 * int(core)}}}{{2}}" if "." not in core else None
@@ -80,13 +80,16 @@ def changing(gold):
     if re.search(r"[1-9]$|[A-Za-z0-9]\}?[1-9a-zA-Z]$", core) and "box" not in core:
         rewrites["shorter"] = core[:-1]
     if core[-1:].isdigit() and "\\pm" not in core:
-        rewrites["longer"] = f"{core}5" if core[-2:-1] not in ("^", "_") else f"{core[:-1]}{{{core[-1]}5}}"
+        inside = core[-2:-1] in ("^", "_")
+        rewrites["longer"] = f"{core[:-1]}{{{core[-1]}5}}" if inside else f"{core}5"
     digit = re.search(r"\d(?!.*\d)", core, re.DOTALL) if "box" not in core else None
     if digit and re.search(r"[1-9]", core):
-        rewrites["digit"] = core[:digit.start()] + str((int(digit[0]) + 1) % 10) + core[digit.end():]
+        other = str((int(digit[0]) + 1) % 10)
+        rewrites["digit"] = core[:digit.start()] + other + core[digit.end():]
     first = re.search(r"[1-9]", core)
     if first:
-        rewrites["first digit"] = core[:first.start()] + str(int(first[0]) % 9 + 1) + core[first.end():]
+        other = str(int(first[0]) % 9 + 1)
+        rewrites["first digit"] = core[:first.start()] + other + core[first.end():]
     fixed_sign = re.search(r"[a-zA-Z] ?=|\\in |\\text|_|\\pm", core) or core[0] in "([\\{0"
     if first and not fixed_sign:
         rewrites["sign"] = core[1:] if core[0] == "-" else "-" + core
