@@ -288,6 +288,7 @@ def evaluation_settings(s):
         within=max(s.budget),
         samples=s.eval_samples,
         temperature=s.eval_temperature,
+        reward=s.reward,
         skip_long=s.skip_long,
         seed=s.seed,
         rows=s.rows)

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
 from data.files import UserError, find_model
-from model import Transformer, join_parts, read_weights
+from model import Transformer, load_weights
 from rollout import generate
 
 TIMEOUT = timedelta(days=1)  # the fastest sampler waits for the slowest
@@ -276,12 +276,14 @@ def load_sharded(path, dtype, device):
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     fsdp.register_fsdp_forward_method(model, "hidden")  # what `head` needs stays until backward
-    shares = model.state_dict()
-    state = {name: share_of(tensor.float(), shares[name])
-             for name, tensor in join_parts(read_weights(path, model, device))}
-    model.load_state_dict(state, strict=True, assign=True)
+
+    def share(tensor):  # each process reads the whole tensor and keeps its part: nothing is sent
+        tensor = tensor.to(device, torch.float32)
+        return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+    load_weights(model, path, share)
     model.compute_dtype = dtype
-    return model.requires_grad_(True)
+    return model
 
 
 def is_sharded(model):

@@ -10,6 +10,7 @@ enough to avoid truncation; the accuracy within a smaller budget is read off the
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -25,9 +26,10 @@ import torch
 
 import distributed
 import reward
-from data.chat import decode, encode_chat, load_chat
+from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model, write_json, write_lines
-from data.problems import batch_prompt, evaluation_groups, load_benchmarks, load_problems
+from data.problems import (
+    batch_prompt, doubtful_golds, evaluation_groups, load_benchmarks, load_problems)
 from data.reports import dial, plot, table
 from data.runs import open_out
 from data.settings import flag, one_for_each, parse_flags
@@ -304,7 +306,8 @@ def load_model(s, checkpointing=False, shard=False):
     dtype = s.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    chat = load_chat(find_model(s.model))
+    date = datetime.datetime.fromisoformat(s.date) if s.date else None
+    chat = load_chat(find_model(s.model), distributed.all_gather(date)[0])
     if shard and distributed.world_size() > 1:
         model = distributed.load_sharded(chat.path, getattr(torch, dtype), device)
     else:
@@ -344,26 +347,16 @@ def load_reward(path):
 
 
 def leave_out_long(model, chat, problems, s):
-    """The problems that fit the model's positions, in any prompt of s.n problems: each has its
-    share of what the empty prompt and the budget leave. Raises UserError for one that does not fit,
-    or says how many are left out with s.skip_long."""
-    limit = model.config.max_position_embeddings
-    share = limit
-    for n, budget in zip(s.n, s.budget):
-        empty = encode_chat(chat, batch_prompt([{"problem": ""}] * n))
-        share = min(share, (limit - budget - len(empty)) // n)
-    lengths = [len(chat.tokenizer.encode(problem["problem"]).ids) for problem in problems]
-    kept = [problem for problem, length in zip(problems, lengths) if length <= share]
-    if len(kept) == len(problems):
-        return problems
-    longest = int(np.argmax(lengths))
-    if not s.skip_long or not kept:
-        raise UserError(
-            f"{problems[longest]['where']}: a problem of {lengths[longest]} tokens does not fit the "
-            f"{limit} positions of this model. Beside N = {max(s.n)} and a budget of "
-            f"{max(s.budget)} a problem can have {share}: lower them, or add --skip-long")
-    say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's "
-        "positions and are left out")
+    """The problems of which any s.n fit the model's positions (`fitting_problems`). Says how many do
+    not, and with the built-in reward also which golds look as if no answer could match them."""
+    positions = model.config.max_position_embeddings
+    kept = fitting_problems(chat, problems, list(zip(s.n, s.budget)), positions, s.skip_long)
+    if len(kept) < len(problems):
+        say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's "
+            "positions and are left out")
+    warning = None if s.reward else distributed.on_first(doubtful_golds, kept)
+    if warning:
+        say(warning)
     return kept
 
 

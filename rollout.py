@@ -98,7 +98,7 @@ def prefill(model, prompt):
     if len(prompt) == 1:
         empty = torch.zeros(c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim, dtype=model.dtype)
         return empty.to(model.device), empty.to(model.device)
-    model.hidden(torch.tensor([prompt[:-1]], device=model.device), cache=prefix)
+    model.hidden(torch.tensor([prompt[:-1]], device=model.device), attention=prefix)
     return torch.cat(prefix.k), torch.cat(prefix.v)
 
 

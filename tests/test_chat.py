@@ -1,12 +1,15 @@
-"""The tokenizer side of a model: chat templates, token ids, the Hub's cache, and damaged files."""
+"""The tokenizer side of a model: templates, token ids, problems that fit, and the Hub's cache."""
 
+import datetime
 import json
 import shutil
 
+import huggingface_hub
 import pytest
+from transformers import AutoTokenizer
 
 from conftest import TINY
-from data.chat import decode, encode_chat, load_chat
+from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model
 from data.problems import batch_prompt
 
@@ -14,106 +17,104 @@ MESSAGE = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 3/4 
 
 
 def test_prompts_equal_those_of_transformers(shipped):
-    """Prompts are rendered or tokenized in another way than in every other engine that serves the model."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(TINY / "model").apply_chat_template(
+    """Prompts are rendered or tokenized in another way than in the engines that serve the model."""
+    theirs = AutoTokenizer.from_pretrained(TINY / "model").apply_chat_template(
         [{"role": "user", "content": MESSAGE}], add_generation_prompt=True, return_dict=False)
     assert encode_chat(shipped[1], MESSAGE) == theirs
 
 
-def chat_directory(path, template=None, in_config=None, eos=0, generation_eos=None, eos_token="<|end|>"):
+def chat_directory(path, template=None, in_config=None, eos=0, more_eos=None, eos_token="<|end|>"):
     """A copy of the shipped tokenizer with other files around it."""
     path.mkdir(exist_ok=True)
-    (path / "tokenizer.json").write_bytes((TINY / "model/tokenizer.json").read_bytes())
+    shutil.copy(TINY / "model/tokenizer.json", path)
     (path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
-    settings = {"eos_token": eos_token} | ({"chat_template": in_config} if in_config else {})
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": more_eos}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": eos_token, "chat_template": in_config}))
     if template:
-        (path / "chat_template.jinja").write_bytes(template.encode("utf-8", "surrogatepass"))
+        (path / "chat_template.jinja").write_text(template)
     return path
 
 
+def rendered(path, **files):
+    chat = load_chat(chat_directory(path, **files))
+    return chat.tokenizer.decode(encode_chat(chat, "17"), skip_special_tokens=False)
+
+
 def test_the_template_is_found_in_each_of_its_places(tmp_path):
-    """A template is missed, and the model gets prompts in a form that it was not trained on. The tag
-    {% generation %} of training templates is text; a special token is the template's own to write."""
-    text = ("{% for m in messages %}A {% generation %}{{ m.content }}{% endgeneration %} "
-            "{{ eos_token }}{% endfor %}")
-    named = [{"name": "default", "template": text}]
-    places = [dict(template=text), dict(in_config=text), dict(in_config=named),
-              dict(template=text, in_config="not this one"), {}]
-    prompts = []
-    for k, place in enumerate(places):
-        chat = load_chat(chat_directory(tmp_path / str(k), **place))
-        prompts.append(chat.tokenizer.decode(encode_chat(chat, "17"), skip_special_tokens=False))
-    assert prompts == ["A 17 <|end|>"] * 4 + ["17\n\n"]
+    """A template is missed, and the model gets prompts in a form that it was not trained on. The
+    tag {% generation %} of training templates is text; a special token is the template's to write;
+    named templates without a default were sent as plain text (llama.cpp#6484)."""
+    text = "{{ messages[0].content }}{% generation %} A {%- endgeneration %} {{ eos_token }}"
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
+    for place in ({"template": text}, {"in_config": text}, {"in_config": named},
+                  {"template": text, "in_config": "not this one"}):
+        assert rendered(tmp_path, **place) == "17 A <|end|>"
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    assert rendered(tmp_path) == "17\n\n"
+    with pytest.raises(UserError, match="none is called default"):
+        rendered(tmp_path, in_config=named[:1])
+
+
+def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
+    """A run that is resumed tomorrow continues with other prompts (sglang#3296)."""
+    path = chat_directory(tmp_path, template="{{ strftime_now('%d %B %Y') }}")
+    first = load_chat(path, datetime.datetime(2024, 7, 26))
+    assert decode(first, [encode_chat(first, "17")]) == ["26 July 2024"]
+    assert encode_chat(load_chat(path, first.date), "17") == encode_chat(first, "17")
+    assert encode_chat(load_chat(path), "17") != encode_chat(first, "17")
 
 
 def test_eos_ids_are_the_union_of_three_files(tmp_path):
     """An id that only one file names is missed, and completions continue past their end."""
-    chat = load_chat(chat_directory(tmp_path, eos=[0, 7], generation_eos=[9, 7],
-                                    eos_token={"content": "<|user|>"}))
+    chat = load_chat(chat_directory(
+        tmp_path, eos=[0, 7], more_eos=[9, 7], eos_token={"content": "<|user|>"}))
     assert chat.eos_ids == sorted({0, 7, 9, chat.tokenizer.token_to_id("<|user|>")})
     assert decode(chat, [chat.tokenizer.encode("17 Wait,").ids + [0]]) == ["17 Wait,"]
+    with pytest.raises(UserError, match="names no eos_token"):
+        load_chat(chat_directory(tmp_path, eos=None, eos_token=None))
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('false') }}",
-    "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{{ undefined_function() }}", "{% if %}",
-    "{% for m in messages %}", "{{ 1/0 }}", "{{ nothing.at.all }}", "{{ messages[7].content }}", "\ud800",
-    "{% for i in range(10**9) %}a{% endfor %}", "{% include '/etc/passwd' %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{% if %}",
+    "{{ raise_exception('no') }}", "{{ undefined_function() }}", "{% include '/etc/passwd' %}",
+    "{% for i in range(10**9) %}a{% endfor %}"])
 def test_a_bad_template_is_one_sentence(tmp_path, template):
     """Code in a downloaded template runs outside the sandbox, or its errors are a traceback."""
     with pytest.raises(UserError, match="^the chat template in [^\n]*$"):
-        encode_chat(load_chat(chat_directory(tmp_path, template=template)), "17")
+        rendered(tmp_path, template=template)
 
 
-JSON_TEXTS = ("", "{", "[]", "null", "5", '"text"', "\x00", "\ud800", "[" * 100000, '{"a":' * 50000)
-TOKENIZER = (TINY / "model/tokenizer.json").read_text()
-DAMAGED = [(name, text) for text in JSON_TEXTS for name in (
-    "tokenizer.json", "config.json", "tokenizer_config.json", "generation_config.json")]
-DAMAGED += [("tokenizer.json", TOKENIZER[:cut]) for cut in (1, 100, len(TOKENIZER) // 2, len(TOKENIZER) - 3)]
-DAMAGED += [("generation_config.json", json.dumps({"eos_token_id": value})) for value in (
-    "x", [1.5], True, {}, [-3], [None, "0"])]
-
-
-@pytest.mark.parametrize("name, content", DAMAGED, ids=lambda value: value[:20])
-def test_a_damaged_file_is_one_sentence(tmp_path, name, content):
-    """A damaged download raises a traceback or is used."""
-    path = chat_directory(tmp_path)
-    (path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match="^[^\n]+$"):
-        load_chat(path)
-
-
-def test_a_missing_tokenizer_or_eos_is_one_sentence(tmp_path):
-    """Completions could not end, or a directory that is not a model raises a traceback."""
-    with pytest.raises(UserError, match="names no eos_token"):
-        load_chat(chat_directory(tmp_path, eos=None, eos_token=None))
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="no tokenizer.json"):
+def test_a_directory_without_a_tokenizer_is_one_sentence(tmp_path):
+    """A path that is not a model's ends in a traceback."""
+    with pytest.raises(UserError, match="^[^\n]*no usable tokenizer.json[^\n]*--model[^\n]*$"):
         load_chat(tmp_path)
 
 
-def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch):
-    """--model owner/name ignores the cache of huggingface_hub, whose layout this is; or a model that is
-    neither there nor on the Hub raises a traceback."""
-    import huggingface_hub
+def test_what_does_not_fit_is_found_before_anything_is_sampled(shipped):
+    """A run ends in the middle at one long prompt, or leaves out problems that fit. Prompts of any
+    N that are kept fit, and one position less would be too few."""
+    model, chat = shipped
+    problems = [{"problem": "1 + " * i + "1", "where": f"line {i}"} for i in range(50)][::-1]
+    for n in (1, 2, 7):
+        longest = len(encode_chat(chat, batch_prompt(problems[10 : 10 + n])))  # 39, 38, ... terms
+        sizes = [(1, 100), (n, 100)]
+        kept = fitting_problems(chat, problems, sizes, longest + 100, skip_long=True)
+        assert kept == problems[10:]
+        assert fitting_problems(chat, kept, sizes, longest + 100, skip_long=False) == kept
+        with pytest.raises(UserError, match="^line 39: .* budget of 100 and .* --skip-long$"):
+            fitting_problems(chat, kept, sizes, longest + 99, skip_long=False)
 
-    snapshot = tmp_path / "models--bcr--tiny/snapshots/0123456789012345678901234567890123456789"
-    shutil.copytree(TINY / "model", snapshot)
-    (tmp_path / "models--bcr--tiny/refs").mkdir()
-    (tmp_path / "models--bcr--tiny/refs/main").write_text(snapshot.name)
+
+def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch):
+    """--model owner/name ignores the cache of huggingface_hub, whose layout this is; or a model
+    that is neither there nor on the Hub raises a traceback."""
+    cached = tmp_path / "models--bcr--tiny"
+    snapshot = shutil.copytree(TINY / "model", cached / "snapshots" / ("0123456789" * 4))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(snapshot.name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert find_model("bcr/tiny") == snapshot
     with pytest.raises(UserError, match="^--model nobody/nothing is not a directory[^\n]*$"):
         find_model("nobody/nothing")
-
-
-def test_a_template_that_renders_nothing_is_refused(tmp_path):
-    """The model is asked nothing, and its completions are scored as answers."""
-    chat = load_chat(chat_directory(tmp_path, template="{% if false %}{{ messages }}{% endif %}"))
-    with pytest.raises(UserError, match="renders nothing"):
-        encode_chat(chat, "17")

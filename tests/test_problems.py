@@ -1,21 +1,19 @@
-"""Problems: groups of equal difficulty, the format of prompts and answers, and damaged data files."""
+"""Problems: groups of equal difficulty, the format of prompts and answers, and data files."""
 
 import json
 
 import numpy as np
 import pytest
 
+from conftest import TINY
 from data.files import UserError
-from data.problems import answer_section, batch_prompt, draw_groups, evaluation_groups, load_problems
+from data.problems import (
+    answer_section, batch_prompt, doubtful_golds, draw_groups, evaluation_groups, load_problems)
 from reward import extract_answers, score
 
 
 def made_up(count, levels=5):
     return [{"problem": str(i), "answer": "1", "difficulty": i % levels} for i in range(count)]
-
-
-# ----------------------------------------------------------------------------------------------
-# Groups
 
 
 def test_an_epoch_uses_each_problem_once():
@@ -27,8 +25,8 @@ def test_an_epoch_uses_each_problem_once():
 
 
 def test_groups_are_equally_hard_in_any_order():
-    """A group has N easy or N hard problems, and one budget suits neither; or the easy ones always come
-    first, and accuracy by position measures difficulty."""
+    """A group has N easy or N hard problems, and one budget suits neither; or the easy ones always
+    come first, and accuracy by position measures difficulty."""
     groups = draw_groups(made_up(4000, levels=4000), 4, seed=0, first=0, count=1000)
     assert (np.sort(groups // 1000, axis=1) == [0, 1, 2, 3]).all()  # one problem of each fourth
     assert np.abs(groups.mean(axis=0) - 2000).max() < 150  # 4 standard errors
@@ -44,7 +42,7 @@ def test_groups_depend_on_their_number_alone():
     assert not np.array_equal(whole, draw_groups(problems, 4, seed=8, first=0, count=30))
 
 
-@pytest.mark.parametrize("count, n", [(30, 8), (30, 4), (40, 3), (8, 8), (9, 8), (30, 1), (675, 6)])
+@pytest.mark.parametrize("count, n", [(30, 8), (30, 4), (8, 8), (9, 8), (30, 1), (675, 6)])
 def test_every_problem_counts_once_at_every_n(count, n):
     """At N = 8 six of AIME's 30 problems are left out or counted twice."""
     groups, counted = evaluation_groups(made_up(count), n, seed=0)
@@ -53,74 +51,57 @@ def test_every_problem_counts_once_at_every_n(count, n):
     assert all(len(set(group)) == n for group in groups.tolist())
 
 
-# ----------------------------------------------------------------------------------------------
-# Prompts and answers
-
-
 def test_prompt_sections_and_the_checker_share_one_format():
-    """The prompt asks for another format than the one that is written or read, or its wording depends on N.
-    An answer that has not been reached when the completion is truncated must not count, and a reached one
-    must: cut at each character, the reward rises by one answer as each box closes."""
+    """The prompt asks for another format than the one that is written or read, or its wording
+    depends on N. Cut at each character, the reward rises by one answer as each box closes."""
     two = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 1/4 + 1/4?"}])
     assert two.endswith("\n\nProblem 1: What is 1 + 2?\nProblem 2: What is 1/4 + 1/4?")
     assert two.split("\n")[0] == batch_prompt([{"problem": "2 + 2"}]).split("\n")[0]
-    assert answer_section("i", "", "...").split("\n") == [part.strip('"') for part in (
-        two.split("starts with ")[1].split(" and ends")[0], two.split("ends with ")[1].split(".\n")[0])]
+    header, answer = answer_section("i", "", "...").split("\n")
+    assert f'starts with "{header}" and ends with "{answer}"' in two
     golds = ["3", "\\frac{1}{2}"]
     text = answer_section(1, "1 + 2 = 3.\n", golds[0]) + "\n\n" + answer_section(2, "", golds[1])
     assert extract_answers(text, 2) == golds
-    first, second = text.index("}") + 1, len(text)
+    first = text.index("}") + 1
     for cut in range(len(text) + 1):
-        assert score(text[:cut], golds) == [cut >= first, cut >= second], text[:cut]
+        assert score(text[:cut], golds) == [cut >= first, cut >= len(text)], text[:cut]
 
 
-# ----------------------------------------------------------------------------------------------
-# Data files
-
-GOOD = '{"problem": "What is 1 + 1?", "answer": "2"}\n'
-BAD_LINES = [
-    "{problem", "[1]", "[" * 100000, '"problem"', "-", "nan", "\x00",
-    '{"problem": "a"}', '{"problem": "a", "answer": " "}', '{"problem": null, "answer": "1"}',
-    '{"problem": "a", "answer": true}', '{"problem": ["a"], "answer": "1"}', '{"problem": "a", "answer": {}}',
-    '{"problem": "a", "answer": NaN}x', '{"problem": "\\ud800", "answer": "1"}',
-    '{"problem": "a", "answer": "\\udfff"}', '{"problem": "' + "a" * 2 * 10**6 + '", "answer": "1"}',
-    *('{"problem": "a", "answer": "1", "difficulty": %s}' % value for value in
-      ('"hard"', "NaN", "1e999", "[1]", "true"))]
-
-
-@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:60])
+@pytest.mark.parametrize("line", [
+    "{problem", "[1]", '{"problem": "a"}', '{"problem": "a", "answer": " "}',
+    '{"problem": null, "answer": "1"}', '{"problem": "a", "answer": true}',
+    '{"problem": "a", "answer": NaN}', '{"problem": "\\ud800", "answer": "1"}',
+    '{"problem": "a", "answer": "1", "difficulty": "hard"}'])
 def test_a_bad_line_is_named_by_its_number(tmp_path, line):
     """A line is skipped silently, or raises a traceback."""
-    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n")
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "What is 1 + 1?", "answer": "2"}}\n\n{line}\n')
     with pytest.raises(UserError, match="^[^\n]*data.jsonl, line 3: [^\n]*$"):
-        load_problems(tmp_path / "data.jsonl")
+        load_problems(path)
 
 
 def test_good_lines_and_their_defaults(tmp_path):
-    """A missing id, a number as the answer, an id that is used twice or odd text is refused or mixed up."""
-    lines = [{"problem": "a", "answer": 5},
+    """A missing id, a number as the answer, an id that is used twice, a byte order mark of Windows
+    or odd text is refused or mixed up."""
+    lines = [{"problem": "a", "answer": 10**400},
              {"problem": "\u2028b\x00", "answer": "x", "difficulty": 2, "id": 7},
              {"problem": "c", "answer": 0.5, "id": "7", "difficulty": None}]
-    (tmp_path / "data.jsonl").write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "data.jsonl").write_text(text, encoding="utf-8-sig")
     problems = load_problems(tmp_path / "data.jsonl")
     assert [p["id"] for p in problems] == ["1", "7", "7 (line 5)"]
-    assert [p["answer"] for p in problems] == ["5", "x", "0.5"]
+    assert [p["answer"] for p in problems] == [str(10**400), "x", "0.5"]
     assert [p["difficulty"] for p in problems] == [0, 2, 0]
     assert problems[1]["problem"] == "\u2028b\x00"
     (tmp_path / "solve.jsonl").write_text('{"problem": "a"}\n')
     assert load_problems(tmp_path / "solve.jsonl", answers=False)[0]["answer"] is None
 
 
-@pytest.mark.parametrize("line", ['{"problem": "a", "answer": NaN}', '{"problem": "a", "answer": Infinity}',
-                                  '{"problem": "a", "answer": "1", "difficulty": 1' + "0" * 400 + "}"])
-def test_numbers_that_a_float_cannot_hold_are_refused(tmp_path, line):
-    """A gold "nan" that no answer equals, or an OverflowError from the middle of the sorting."""
-    (tmp_path / "data.jsonl").write_text(line)
-    with pytest.raises(UserError, match="line 1"):
-        load_problems(tmp_path / "data.jsonl")
-
-
-def test_a_byte_order_mark_is_accepted(tmp_path):
-    """Files saved by some Windows editors are refused as invalid JSON."""
-    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "What is 1 + 1?", "answer": 2}\n')
-    assert load_problems(tmp_path / "data.jsonl")[0]["answer"] == "2"
+def test_golds_that_nobody_can_match_are_named():
+    """A column of whole solutions as gold gives every answer 0, and nothing says so (trl#5026)."""
+    assert doubtful_golds(load_problems(TINY / "heldout.jsonl")[:100]) is None
+    good = [{"answer": "\\frac{1}{2}", "where": "line 1"}, {"answer": None, "where": "line 2"}]
+    for gold in ("#### 7", "The answer is \\boxed{3}.", "\\text{}", "so\n7", "1" * 301):
+        bad = [{"answer": gold, "where": "line 3"}, {"answer": "#### 8", "where": "line 4"}]
+        sentence = doubtful_golds(good + bad)
+        assert "2 of 4" in sentence and "line 3" in sentence and "\n" not in sentence

@@ -104,9 +104,9 @@ def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]  # one token alone needs no prefill
     original = model.hidden
 
-    def counting(tokens, rotation=None, cache=None):
+    def counting(tokens, rotation=None, attention=None):
         (prefilled if rotation is None else decoded).append(tokens.shape[0])
-        return original(tokens, rotation, cache)
+        return original(tokens, rotation, attention)
 
     monkeypatch.setattr(model, "hidden", counting)
     monkeypatch.setattr(rollout, "row_multiple", lambda model: 1)

@@ -70,8 +70,8 @@ def test_gradients_are_finite_at_every_length(longest):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     model = random_model("qwen2", head_dim=64, max_position_embeddings=1024)
     for layer in model.model.layers:  # scores of hundreds, from 4 query heads and 2 key heads of 64 channels
-        torch.nn.init.constant_(layer.self_attn.qkv_proj.bias[:256], 4.0)
-        torch.nn.init.constant_(layer.self_attn.qkv_proj.bias[256:384], -4.0)
+        torch.nn.init.constant_(layer.self_attn.q_proj.bias, 4.0)
+        torch.nn.init.constant_(layer.self_attn.k_proj.bias, -4.0)
     model = model.to("cuda", torch.bfloat16)
     master = master_weights(model)
     prompts = [list(range(2, 2 + length)) for length in (2, 9, 10, 17)]
