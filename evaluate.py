@@ -29,7 +29,12 @@ import reward
 from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model, write_json, write_lines
 from data.problems import (
-    batch_prompt, doubtful_golds, evaluation_groups, load_benchmarks, load_problems)
+    batch_prompt,
+    doubtful_golds,
+    evaluation_groups,
+    load_benchmarks,
+    load_problems,
+)
 from data.reports import dial, plot, table
 from data.runs import open_out
 from data.settings import flag, one_for_each, parse_flags
@@ -347,8 +352,8 @@ def load_reward(path):
 
 
 def leave_out_long(model, chat, problems, s):
-    """The problems of which any s.n fit the model's positions (`fitting_problems`). Says how many do
-    not, and with the built-in reward also which golds look as if no answer could match them."""
+    """The problems of which any s.n fit the model's positions. Says how many do not, and with the
+    built-in reward also which golds look as if no answer could match them."""
     positions = model.config.max_position_embeddings
     kept = fitting_problems(chat, problems, list(zip(s.n, s.budget)), positions, s.skip_long)
     if len(kept) < len(problems):
