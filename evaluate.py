@@ -64,7 +64,7 @@ class EvaluationSettings:
     accept_changes: bool = flag(False, "resume although data, reward or model have changed")
     skip_long: bool = flag(False, "leave out problems that do not fit the model's positions")
     seed: int = flag(0, "seed of the groups and of every sampled token")
-    date: str = flag("", "date for chat templates that write one (default: that of the start)")
+    date: str = flag("", "")  # of the start, for chat templates that write one; not a flag
     dtype: str = flag(
         "auto", "bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     device: str = flag(
@@ -106,7 +106,7 @@ def evaluate_all(model, chat, benchmarks, score, s, out, step, title):
             summary["problems_per_second"] = None if known else speed
             say(f"{label}: {summary['accuracy']:.1%} right, "
                 f"{summary['tokens_per_problem']:.1f} tokens a problem")
-            if summary["accuracy"] < 0.05:
+            if summary["accuracy"] < 0.05 and not s.reward:
                 say(f"warning: {why_nothing_is_right(found, problems)}")
             results[name][str(n)] = summary
             records[name][str(n)] = found
