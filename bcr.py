@@ -75,7 +75,7 @@ class Settings:
     save_every: int = flag(10, "steps between checkpoints", least=1)
     skip_long: bool = flag(False, "leave out problems that do not fit the model's positions")
     seed: int = flag(0, "seed of the order of the data and of every sampled token")
-    date: str = flag("", "date for chat templates that write one (default: that of the start)")
+    date: str = flag("", "")  # of the start, for chat templates that write one; not a flag
     dtype: str = flag("auto", "bfloat16 on cuda, else float32", 0, ("auto", "float32", "bfloat16"))
     device: str = flag("auto", "cpu, cuda, cuda:1, or auto: cuda if available", group="machine")
     rows: int = flag(256, "completions sampled at a time; lower it if memory runs out", least=1)

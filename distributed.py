@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
@@ -298,14 +298,14 @@ def load_sharded(path, dtype, device):
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     fsdp.register_fsdp_forward_method(model, "hidden")  # what `head` needs stays until backward
-    like = model.model.embed_tokens.weight  # all shares are rows of the whole tensor
 
-    def convert(tensor):
-        return share_of(tensor.to(device, torch.float32), like)
+    def share(tensor):  # each process reads the whole tensor and keeps its part: nothing is sent
+        tensor = tensor.to(device, torch.float32)
+        return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
-    load_weights(model, path, convert)
+    load_weights(model, path, share)
     model.compute_dtype = dtype
-    return model.requires_grad_(True)
+    return model
 
 
 def is_sharded(model):

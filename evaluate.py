@@ -64,7 +64,7 @@ class EvaluationSettings:
     accept_changes: bool = flag(False, "resume although data, reward or model have changed")
     skip_long: bool = flag(False, "leave out problems that do not fit the model's positions")
     seed: int = flag(0, "seed of the groups and of every sampled token")
-    date: str = flag("", "date for chat templates that write one (default: that of the start)")
+    date: str = flag("", "")  # of the start, for chat templates that write one; not a flag
     dtype: str = flag(
         "auto", "bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     device: str = flag(
@@ -106,7 +106,7 @@ def evaluate_all(model, chat, benchmarks, score, s, out, step, title):
             summary["problems_per_second"] = None if known else speed
             say(f"{label}: {summary['accuracy']:.1%} right, "
                 f"{summary['tokens_per_problem']:.1f} tokens a problem")
-            if summary["accuracy"] < 0.05:
+            if summary["accuracy"] < 0.05 and not s.reward:
                 say(f"warning: {why_nothing_is_right(found, problems)}")
             results[name][str(n)] = summary
             records[name][str(n)] = found
@@ -311,8 +311,8 @@ def load_model(s, checkpointing=False, shard=False):
     dtype = s.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    date = datetime.date.fromisoformat(s.date) if s.date else None
-    chat = load_chat(find_model(s.model), date)
+    date = datetime.datetime.fromisoformat(s.date) if s.date else None
+    chat = load_chat(find_model(s.model), distributed.all_gather(date)[0])
     if shard and distributed.world_size() > 1:
         model = distributed.load_sharded(chat.path, getattr(torch, dtype), device)
     else:
@@ -352,14 +352,14 @@ def load_reward(path):
 
 
 def leave_out_long(model, chat, problems, s):
-    """The problems of which any s.n fit in a prompt (see `data.chat.fitting_problems`). Says how
-    many are left out with s.skip_long, and which answers the checker can hardly find."""
-    limit = model.config.max_position_embeddings
-    kept = fitting_problems(chat, problems, list(zip(s.n, s.budget)), limit, s.skip_long)
+    """The problems of which any s.n fit the model's positions. Says how many do not, and with the
+    built-in reward also which golds look as if no answer could match them."""
+    positions = model.config.max_position_embeddings
+    kept = fitting_problems(chat, problems, list(zip(s.n, s.budget)), positions, s.skip_long)
     if len(kept) < len(problems):
-        say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the "
-            "model's positions and are left out")
-    warning = None if s.reward else doubtful_golds(kept)
+        say(f"{len(problems) - len(kept)} of {len(problems)} problems are too long for the model's "
+            "positions and are left out")
+    warning = None if s.reward else distributed.on_first(doubtful_golds, kept)
     if warning:
         say(warning)
     return kept

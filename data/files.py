@@ -1,4 +1,5 @@
-"""Files: errors that name them, JSON and JSONL, writing that is never seen half done, and where a model is."""
+"""Files: errors that name them, JSON and JSONL, writing that is never seen half done, and where a
+model is."""
 
 import json
 import os
@@ -13,8 +14,8 @@ TOKENIZER_FILES = (
 
 
 class UserError(Exception):
-    """An error the user can fix. Its text is one sentence that names the thing and the fix. The command
-    line prints it without a traceback and exits with status 2."""
+    """An error the user can fix. Its text is one sentence that names the thing and the fix. The
+    command line prints it without a traceback and exits with status 2."""
 
 
 def read_json(path):
@@ -31,7 +32,8 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file that are not blank, as (number, line) pairs. Raises UserError."""
+    """The lines of a UTF-8 text file that are not blank, as (number, line) pairs. Raises
+    UserError."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")  # a byte order mark is allowed
     except OSError as error:
@@ -76,8 +78,9 @@ def write_lines(path, entries):
 
 
 def find_model(name):
-    """The directory of a model. A name such as Qwen/Qwen3-0.6B that is not a directory is downloaded from
-    the Hugging Face Hub, or taken from its cache. Raises UserError if that fails."""
+    """The directory of a model. A name such as Qwen/Qwen3-0.6B that is not a directory is
+    downloaded from the Hugging Face Hub, or taken from its cache. Raises UserError if that
+    fails."""
     if Path(name).is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return Path(name)
     import huggingface_hub
@@ -87,5 +90,5 @@ def find_model(name):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the library's own errors, the network's, the disk's
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model {name} is not a directory, and the Hugging Face Hub did not provide it "
-                        f"({type(error).__name__}: {reason})") from None
+        raise UserError(f"--model {name} is not a directory, and the Hugging Face Hub did not "
+                        f"provide it ({type(error).__name__}: {reason})") from None

@@ -86,7 +86,7 @@ def read_settings(settings_class, out):
 
 
 def resume_restarted(s):
-    """Settings that resume the run in s.out if torchrun has restarted the processes: one has died."""
+    """Settings that resume the run in s.out if torchrun has restarted the processes."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if restarted and not s.resume and (Path(s.out) / "settings.json").is_file():
         return dataclasses.replace(read_settings(type(s), s.out), resume=s.out)

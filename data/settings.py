@@ -15,8 +15,8 @@ ANEW = ("steps", "device", "rows", "micro_tokens", "checkpointing", "processes",
 
 
 def flag(default, doc, least=0, choices=None, group=None):
-    """A field of a settings class: a flag with its help text. Numbers are finite and at least
-    `least`. group: the title, in --help, of this flag and those that follow."""
+    """A field of a settings class: a flag with its help text, and without one no flag. Numbers are
+    finite and at least `least`. group: the title, in --help, of this flag and those that follow."""
     metadata = {"doc": doc, "least": least, "choices": choices, "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -52,6 +52,8 @@ def make_parser(settings_class, description):
     for field in dataclasses.fields(settings_class):
         name = flag_name(field.name)
         doc = field.metadata["doc"].replace("%", "%%")
+        if not doc:
+            continue
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.type is bool:

@@ -1,5 +1,5 @@
-"""What distributed.py and data/runs.py do in one process: devices, shares, checkpoints and readable errors.
-Runs of several processes are in slow/test_processes.py."""
+"""What distributed.py and data/runs.py do in one process: devices, shares, checkpoints and readable
+errors. Runs of several processes are in slow/test_processes.py."""
 
 import dataclasses
 import os
@@ -24,36 +24,40 @@ from rollout import generate
 
 
 def test_a_gpu_has_a_number(monkeypatch):
-    """`cuda` without a number is passed on to torch.cuda.set_device, which refuses it: on a machine with one
-    GPU no run starts. Under torchrun all processes use the first GPU."""
+    """`cuda` without a number is passed on to torch.cuda.set_device, which refuses it: on a machine
+    with one GPU no run starts. Under torchrun all processes use the first GPU."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device",
                         lambda device: used.append(torch.cuda._utils._get_device_index(device)))
-    monkeypatch.setattr(evaluate.Transformer, "from_pretrained", lambda path, dtype, device: random_model(
+    monkeypatch.setattr(evaluate.Transformer, "from_pretrained", lambda path, dtype,
+                        device: random_model(
         vocab_size=1000))
     for name in ("auto", "cuda", "cuda:1"):
         about = evaluate.load_model(Settings(device=name))[2]
         assert f"bfloat16 on cuda:{used[-1]}" in about
     assert used == [0, 0, 1]
-    with pytest.raises(UserError, match="--device cuda:2 is not available: use cpu or one of the 2 GPUs"):
+    with pytest.raises(UserError,
+                       match="--device cuda:2 is not available: use cpu or one of the 2 GPUs"):
         distributed.find_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [distributed.find_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [distributed.find_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1",
+                                                                                   "cuda:1", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.find_device("auto") == "cpu"
 
 
 def test_small_models_get_processes_and_large_ones_threads(tmp_path, monkeypatch):
-    """A model of gigabytes is copied into eight processes, or a small one is divided among threads, and what
-    it computes depends on their number."""
+    """A model of gigabytes is copied into eight processes, or a small one is divided among threads,
+    and what it computes depends on their number."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     small, large = Settings(), Settings(model=str(tmp_path))
     (tmp_path / "model.safetensors").touch()
     os.truncate(tmp_path / "model.safetensors", 2 * 10**8)  # takes no space on the disk
     for s, processes, most, expected in (
-            (small, 0, 16, (6, 1)), (small, 0, 4, (4, 1)), (small, 1, 16, (1, 1)), (small, 12, 16, (12, 1)),
+            (small, 0, 16, (6, 1)), (small, 0, 4, (4, 1)), (small, 1, 16, (1, 1)),
+                                         (small, 12, 16, (12, 1)),
             (large, 0, 16, (1, 6)), (large, 1, 16, (1, 6)), (large, 2, 16, (2, 1))):
         s = dataclasses.replace(s, processes=processes)
         assert distributed.processes_and_threads(s, most) == expected
@@ -65,8 +69,8 @@ def test_small_models_get_processes_and_large_ones_threads(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_processes_share_the_batches_evenly(monkeypatch, sharded):
-    """A batch is lost or learned twice, one process has all the long ones while the others wait, or, with
-    --shard, one makes fewer passes and the others wait forever."""
+    """A batch is lost or learned twice, one process has all the long ones while the others wait,
+    or, with --shard, one makes fewer passes and the others wait forever."""
     monkeypatch.setattr(distributed, "is_sharded", lambda model: sharded)
     monkeypatch.setenv("WORLD_SIZE", "3")
     batches = [[Row([1], [2] * length, None, np.ones(length))] for length in (10, 900, 30, 500, 20)]
@@ -80,21 +84,22 @@ def test_processes_share_the_batches_evenly(monkeypatch, sharded):
 
 
 def test_samples_of_all_processes_are_joined_in_order(monkeypatch):
-    """A completion appears under another prompt. Each process samples its prompts under their own keys, so
-    together they sample what one process does; one may have nothing to do."""
+    """A completion appears under another prompt. Each process samples its prompts under their own
+    keys, so together they sample what one process does; one may have nothing to do."""
     model, prompts = random_model(), [[5], [6, 7], [8], [9, 9], [4]]
     options = dict(eos_ids=[0], seed=1, max_rows=3)
     alone = [c.tokens for c in generate(model, prompts, 2, 12, **options)]
     for count in (2, 3, 6):
         parts = []
-        monkeypatch.setattr(distributed, "world_size", lambda: count)
+        monkeypatch.setattr(distributed, "world_size", lambda count=count: count)
         for rank in range(count):
-            monkeypatch.setattr(distributed, "rank", lambda: rank)
-            monkeypatch.setattr(distributed, "all_gather", lambda own: parts.append(own) or [])
-            with pytest.raises(TypeError):  # nothing came from the others
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "all_gather", parts.append)
+            with pytest.raises(TypeError):  # nothing comes from the others
                 distributed.sample(model, prompts, 2, 12, **options)
-        monkeypatch.setattr(distributed, "all_gather", lambda own: parts)
-        assert [c.tokens for c in distributed.sample(model, prompts, 2, 12, **options)] == alone
+        monkeypatch.setattr(distributed, "all_gather", lambda own, joined=parts: joined)
+        joined = distributed.sample(model, prompts, 2, 12, **options)
+        assert [c.tokens for c in joined] == alone
 
 
 def test_grad_clip_0_does_not_clip():
@@ -111,21 +116,24 @@ def test_grad_clip_0_does_not_clip():
 
 
 def test_a_checkpoint_restores_weights_adamw_and_metrics(tmp_path):
-    """A resumed run forgets weights, AdamW's state or the metrics so far; more than two checkpoints fill the
-    disk; a half-written one is taken for a checkpoint; or a weight and its moments are not written alone, so
-    that memory holds a second model."""
+    """A resumed run forgets weights, AdamW's state or the metrics so far; more than two checkpoints
+    fill the disk; a half-written one is taken for a checkpoint; or a weight and its moments are not
+    written alone, so that memory holds a second model."""
     model = random_model()
     master = list(model.parameters())
     optimizer = torch.optim.AdamW(master, lr=1e-3, foreach=False)
     assert load_checkpoint(tmp_path, model, master, optimizer) == (0, [])
-    save_checkpoint(tmp_path, 1, [], model, master, optimizer, TINY / "model")  # before AdamW has a state
-    assert load_checkpoint(tmp_path, model, master, optimizer) == (1, []) and not optimizer.state[master[0]]
+    save_checkpoint(tmp_path, 1, [], model, master, optimizer,
+                    TINY / "model")  # before AdamW has a state
+    assert load_checkpoint(tmp_path, model, master,
+                           optimizer) == (1, []) and not optimizer.state[master[0]]
     model(torch.tensor([[1, 2, 3]])).square().mean().backward()
     optimizer.step()
     for step in (3, 5, 12):
         save_checkpoint(tmp_path, step, [{"step": step}], model, master, optimizer, TINY / "model")
     (tmp_path / "checkpoint.tmp").mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000005", "checkpoint-000012"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000005",
+                                                             "checkpoint-000012"]
     assert max(len(load_file(path)) for path in tmp_path.glob("checkpoint-*/*.safetensors")) == 3
     other = random_model(seed=1)
     again = torch.optim.AdamW(other.parameters(), lr=1e-3, foreach=False)
@@ -141,7 +149,8 @@ def graph_capture():
 
 
 @pytest.mark.parametrize("action, status, words", [
-    (lambda: torch.empty(2**50), 2, ["memory ran out", "--rows", "--micro-tokens", "--checkpointing"]),
+    (lambda: torch.empty(2**50), 2,
+     ["memory ran out", "--rows", "--micro-tokens", "--checkpointing"]),
     (lambda: np.ones(2**50), 2, ["memory ran out"]), (graph_capture, 2, ["memory ran out"]),
     (lambda: signal.raise_signal(signal.SIGINT), 130, ["stopped", "--resume"]),
     (lambda: signal.raise_signal(signal.SIGTERM), 143, ["stopped", "--resume"])],

@@ -1,4 +1,4 @@
-"""What BCR is, in ten claims about the parts that run. Read this first: the other tests go into detail."""
+"""What BCR is, in nine claims about the parts that run. Read this first of all tests."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,8 @@ def one_step(out, **changes):
 
 
 def test_the_reward_is_the_share_of_right_answers():
-    """One prompt holds N problems. Each is marked by itself, whatever its length and its neighbours."""
+    """One prompt holds N problems. Each is marked by itself, whatever its length and its
+    neighbours."""
     assert all(problem["problem"] in batch_prompt(PROBLEMS) for problem in PROBLEMS)
     assert list(score(SOLVED, GOLDS)) == [1, 1, 1, 1]
     assert list(score(SOLVED.replace("Easy.", "Wait. " * 50), GOLDS)) == [1, 1, 1, 1]
@@ -34,10 +35,12 @@ def test_the_reward_is_the_share_of_right_answers():
 
 
 def test_the_cut_takes_what_the_budget_did_not_reach_and_nothing_else(shipped):
-    """Problems share the budget: those before the cut keep their mark, those after it earn nothing."""
+    """Problems share the budget: those before the cut keep their mark, those after it earn
+    nothing."""
     _, chat = shipped
     ids = chat.tokenizer.encode(SOLVED, add_special_tokens=False).ids
-    marks = [list(score(text, GOLDS)) for text in decode(chat, [ids[:cut] for cut in range(len(ids) + 1)])]
+    marks = [list(score(text, GOLDS))
+             for text in decode(chat, [ids[:cut] for cut in range(len(ids) + 1)])]
     totals = [sum(row) for row in marks]
     assert all(row == sorted(row, reverse=True) for row in marks)
     assert totals == sorted(totals) and set(totals) == {0, 1, 2, 3, 4}
@@ -82,7 +85,8 @@ def test_tokens_follow_the_softmax_with_nothing_cut_off():
     model = random_model()
     logits = model(torch.tensor([[5, 6, 7]]))[0, -1]
     expected = 20000 * torch.softmax(logits, -1).double()
-    tokens = [c.tokens[0] for c in generate(model, [[5, 6, 7]], 20000, 1, eos_ids=[0], max_rows=20000)]
+    tokens = [c.tokens[0]
+              for c in generate(model, [[5, 6, 7]], 20000, 1, eos_ids=[0], max_rows=20000)]
     seen = torch.bincount(torch.tensor(tokens), minlength=len(expected))
     z = (seen - expected) / expected.sqrt()
     assert z.abs().max() < 4.5 and (z ** 2).mean() < 1.7
@@ -90,7 +94,8 @@ def test_tokens_follow_the_softmax_with_nothing_cut_off():
 
 
 def test_a_token_depends_on_nothing_but_its_place(shipped):
-    """The seed, the step, the prompt, the sample and the position decide it; batch and order do not."""
+    """The seed, the step, the prompt, the sample and the position decide it; batch and order do
+    not."""
     model, chat = shipped
     prompts = [encode_chat(chat, batch_prompt([problem])) for problem in PROBLEMS]
     options = dict(eos_ids=chat.eos_ids, seed=3, step=7)
@@ -99,11 +104,6 @@ def test_a_token_depends_on_nothing_but_its_place(shipped):
     assert [c.tokens for c in alone] == [c.tokens for c in together[6:9]]
     other = generate(model, prompts[2:3], 3, 40, prompt_keys=[2], **options | {"step": 8})
     assert [c.tokens for c in other] != [c.tokens for c in alone]
-
-
-def test_training_samples_what_it_trains_on(tmp_path):
-    """The logprobs of the trainer are those of the sampler, so that the ratio starts at 1."""
-    assert one_step(tmp_path / "out")["logprob_gap_max"] < 1e-4
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from data.runs import checkpoints
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_was_not(finished, tmp_path):
-    """A kill -9 while sampling, training, evaluating or writing loses a step, repeats one or leaves half a
-    file. BCR_KILLS=20 kills the run 20 times."""
+    """A kill -9 while sampling, training, evaluating or writing loses a step, repeats one or leaves
+    half a file. BCR_KILLS=20 kills the run 20 times."""
     most, kills, out = int(os.environ.get("BCR_KILLS", "4")), 0, tmp_path / "out"
     rng = random.Random(most)
     while True:
@@ -35,12 +35,14 @@ def test_a_run_killed_again_and_again_ends_as_if_it_was_not(finished, tmp_path):
     assert len(checkpoints(out)) == 2 and not (out / "checkpoint.tmp").exists()
 
 
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
+@pytest.mark.parametrize("processes, number",
+                         [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_stopped_run_says_how_to_go_on(finished, tmp_path, processes, number):
-    """Ctrl-C or preemption ends in a traceback, in a message per process, or takes long. The terminal sends
-    Ctrl-C to all processes, a scheduler SIGTERM to the first."""
+    """Ctrl-C or preemption ends in a traceback, in a message per process, or takes long. The
+    terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the first."""
     out = tmp_path / "out"
-    process = start("bcr.py", *QUICK, "--processes", processes, "--out", out, start_new_session=True)
+    process = start("bcr.py", *QUICK, "--processes", processes, "--out", out,
+                    start_new_session=True)
     wait_for("step 3/", process)
     clock = time.time()
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)

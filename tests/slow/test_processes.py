@@ -1,5 +1,5 @@
-"""Several processes, started by bcr.py itself or by torchrun over gloo: they do what one does, and a run
-outlives one of them."""
+"""Several processes, started by bcr.py itself or by torchrun over gloo: they do what one does, and
+a run outlives one of them."""
 
 import os
 import signal
@@ -17,7 +17,8 @@ from conftest import QUICK, REPO, TINY, figures_of, metrics_of, outcome, start, 
 
 def torchrun(processes, *arguments, restarts=0):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(processes),
          "--max-restarts", str(restarts), "--", str(REPO / "bcr.py"), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -38,7 +39,8 @@ def processes_of(out):
 
 
 def kill_one(out, process, line):
-    """Waits for `line`, then kills the process of the last rank with signal 9; torchrun ends the others."""
+    """Waits for `line`, then kills the process of the last rank with signal 9; torchrun ends the
+    others."""
     wait_for(line, process)
     os.kill(processes_of(out)[-1], signal.SIGKILL)
 
@@ -68,8 +70,8 @@ def assert_same(out, expected):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_number_of_processes_writes_the_same_bytes(finished, tmp_path, processes):
-    """Results depend on how many cores a laptop has: rounding differs with the rows next to a row, or sums
-    of gradients depend on their order. Five prompts do not divide by 2 or 4."""
+    """Results depend on how many cores a laptop has: rounding differs with the rows next to a row,
+    or sums of gradients depend on their order. Five prompts do not divide by 2 or 4."""
     process = start("bcr.py", *QUICK, "--processes", processes, "--out", tmp_path / "out")
     wait_for("step 2/5", process)
     assert len(children_of(process)) == processes
@@ -86,7 +88,8 @@ def test_a_run_whose_process_is_killed_resumes_with_the_same_bytes(finished, tmp
     process = start("bcr.py", *QUICK, "--processes", 3, "--out", out)
     wait_for("step 3/5", process)
     others = children_of(process)
-    os.kill({"the parent": process.pid, "the first": others[0], "the last": others[-1]}[victim], signal.SIGKILL)
+    os.kill({"the parent": process.pid, "the first": others[0], "the last": others[-1]}[victim],
+            signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     if victim != "the parent":
         assert process.returncode == 1 and len(stderr.strip().splitlines()) == 2
@@ -105,13 +108,15 @@ def score(completion, golds):
 
 
 @pytest.mark.parametrize("launcher", [start, torchrun])
-@pytest.mark.parametrize("value, words", [("[2]", "should return 1 numbers"), ("1 / 0", "ZeroDivisionError")])
+@pytest.mark.parametrize("value, words",
+                         [("[2]", "should return 1 numbers"), ("1 / 0", "ZeroDivisionError")])
 def test_a_process_that_fails_ends_the_run_with_its_cause(tmp_path, launcher, value, words):
     """Processes wait forever for one that has failed, or its message is lost among theirs."""
     (tmp_path / "mine.py").write_text(REWARD.format(value=value))
     flags = [*QUICK, "--reward", tmp_path / "mine.py", "--out", tmp_path / "out"]
     clock = time.time()
-    process = start("bcr.py", "--processes", 2, *flags) if launcher is start else torchrun(2, *flags)
+    process = start("bcr.py", "--processes", 2, *flags) if launcher is start else torchrun(2,
+                                                                                           *flags)
     _, stderr = process.communicate(timeout=120)
     assert words in stderr and time.time() - clock < 60
     if launcher is start:
@@ -125,16 +130,19 @@ def test_several_processes_evaluate_as_one_does(tmp_path):
     """evaluate.py divides the prompts and mixes up the completions."""
     flags = ["--n", "1,4", "--problems", 9, "--samples", 2]
     for processes in (1, 3):
-        process = start("evaluate.py", *flags, "--processes", processes, "--out", tmp_path / str(processes))
+        process = start("evaluate.py", *flags, "--processes", processes, "--out",
+                        tmp_path / str(processes))
         assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
-    files = [{path.name: path.read_bytes() for path in (tmp_path / str(processes)).glob("evaluation/*")}
+    files = [{path.name: path.read_bytes()
+              for path in (tmp_path / str(processes)).glob("evaluation/*")}
              for processes in (1, 3)]
     assert files[0] == files[1] and len(files[0]) == 2
 
 
 def test_sharded_processes_do_what_one_does_and_any_number_resumes(finished, tmp_path):
-    """With a share of the weights in each process the gradient has another weight, or processes make different
-    numbers of passes; a checkpoint is readable only by as many processes as wrote it, or only with --shard."""
+    """With a share of the weights in each process the gradient has another weight, or processes
+    make different numbers of passes; a checkpoint is readable only by as many processes as wrote
+    it, or only with --shard."""
     out = tmp_path / "out"
     flags = ["--shard", "--micro-tokens", 500, "--checkpointing"]
     process = torchrun(4, *QUICK, *flags, "--save-every", 1, "--out", out)
