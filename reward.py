@@ -145,7 +145,7 @@ SPELLINGS = {}
 for line in r"""
 nothing \left \right \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \boxed \fbox
 nothing \operatorname \mathbb \mathbf \mathit \mathsf \mathcal \bm \boldsymbol \! \( \) \[ \] $ \$
-nothing € £ ¥
+nothing $ \$ € £ ¥
 space ~ \, \; \: \quad \qquad  - − – — ‐ ‑ ‒  * × · ⋅ ∙ \times \cdot \ast  / ÷ ⁄ ∕ \div
 = ≈ := \approx  < \lt  > \gt  \le ≤ ⩽ <= \leq \leqslant  \ge ≥ ⩾ >= \geq \geqslant  \ne ≠ \neq
 , ∪ \cup \lor \land  \pm ± +/-  \mp ∓  ' ′ ’  % \%  | \vert \lvert \rvert \mid  \infty ∞  \sqrt √
