@@ -163,7 +163,8 @@ SPELLINGS["\\ "] = " "
 UNIT = (  # texts or words that follow a number and end an answer or an item
     r"(?<=[\d.)}°%!i])(?:(?: \\text ?\{[^{}]*\}POWER)+| (?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq"
     r"|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?POWER(?:(?: [A-Za-z]{2,}"
-    r"|/[A-Za-z]+)POWER){0,4})(?= ?\.?(?:[,;)}\]]|\\\}|$))").replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
+    r"|/[A-Za-z]+)POWER){0,4})(?= ?\.?(?:[,;)}\]]|\\\}|$))"
+    ).replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
 HEDGE = re.compile(  # but words that express doubt, offer a choice or change the number are no unit
     r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
     r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
