@@ -71,9 +71,9 @@ PLACEHOLDER = re.compile(r"(?:[\s.…?_]|\\[cl]?dots(?![a-z])|\\[,;:! ]|\\text\{
 def extract_answers(completion, n):
     """n entries: the text of the box that answers problem i, or None if there is none.
 
-    A box labelled `Answer i:` belongs to problem i wherever it is; any other box belongs to the
-    section it is in. The last box of a problem counts, a labelled one before all others; one without
-    braces never overrides one with braces. What follows `</think>` overrides what precedes it."""
+    A box labelled `Answer i:` belongs to problem i wherever it is; any other box belongs to its
+    section. The last box of a problem counts, a labelled one before all others; one without braces
+    never overrides one with braces. What follows `</think>` overrides what precedes it."""
     completion = completion if isinstance(completion, str) else ""
     thinking, _, reply = completion.rpartition("</think>")
     answers = {index: (False, None) for index in range(1, n + 1)}  # (has braces, content)
@@ -145,11 +145,12 @@ SPELLINGS = {}
 for line in r"""
 nothing \left \right \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \boxed \fbox
 nothing \operatorname \mathbb \mathbf \mathit \mathsf \mathcal \bm \boldsymbol \! \( \) \[ \] $ \$
-nothing € £ ¥  space ~ \, \; \: \quad \qquad  - − – — ‐ ‑ ‒  * × · ⋅ ∙ \times \cdot \ast  / ÷ ⁄ ∕ \div
-= ≈ := \approx  < \lt  > \gt  \le ≤ ⩽ <= \leq \leqslant  \ge ≥ ⩾ >= \geq \geqslant  \ne ≠ \neq  \in ∈
+nothing $ \$ € £ ¥
+space ~ \, \; \: \quad \qquad  - − – — ‐ ‑ ‒  * × · ⋅ ∙ \times \cdot \ast  / ÷ ⁄ ∕ \div
+= ≈ := \approx  < \lt  > \gt  \le ≤ ⩽ <= \leq \leqslant  \ge ≥ ⩾ >= \geq \geqslant  \ne ≠ \neq
 , ∪ \cup \lor \land  \pm ± +/-  \mp ∓  ' ′ ’  % \%  | \vert \lvert \rvert \mid  \infty ∞  \sqrt √
 ( \langle  ) \rangle  [ \lbrack  ] \rbrack  \{ \lbrace  \} \rbrace  \floor{ \lfloor  \ceil{ \lceil
-} \rfloor \rceil  \emptyset ∅ \varnothing  ° \degree  \frac \dfrac \tfrac \cfrac
+\in ∈  } \rfloor \rceil  \emptyset ∅ \varnothing  ° \degree  \frac \dfrac \tfrac \cfrac
 \text \textbf \textit \textrm \textsf \textnormal \mathrm \mbox
 \alpha α  \beta β  \gamma γ  \delta δ  \epsilon ε  \zeta ζ  \eta η  \theta θ  \iota ι  \kappa κ
 \lambda λ  \mu μ  \nu ν  \xi ξ  \omicron ο  \pi π  \rho ρ  \varsigma ς  \sigma σ  \tau τ
@@ -160,9 +161,10 @@ nothing € £ ¥  space ~ \, \; \: \quad \qquad  - − – — ‐ ‑ ‒  * �
     SPELLINGS |= dict.fromkeys(names, meaning + " " * meaning[-1:].isalpha())
 SPELLINGS["\\ "] = " "
 UNIT = (  # texts or words that follow a number and end an answer or an item
-    r"(?<=[\d.)}°%!i])(?:(?: \\text ?\{[^{}]*\}POWER)+| (?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq|oz"
-    r"|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?POWER(?:(?: [A-Za-z]{2,}|/[A-Za-z]+)POWER)"
-    r"{0,4})(?= ?\.?(?:[,;)}\]]|\\\}|$))").replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
+    r"(?<=[\d.)}°%!i])(?:(?: \\text ?\{[^{}]*\}POWER)+| (?:[A-Za-z]{4,}|[cmk]?m|[mk]?g|s|ft|in|sq"
+    r"|oz|lbs?|min|sec|hrs?|mph|USD|men|day)(?![A-Za-z])\.?POWER(?:(?: [A-Za-z]{2,}"
+    r"|/[A-Za-z]+)POWER){0,4})(?= ?\.?(?:[,;)}\]]|\\\}|$))"
+    ).replace("POWER", r"(?: ?\^ ?(?:\{ ?-?\d ?\}|\d))?")
 HEDGE = re.compile(  # but words that express doubt, offer a choice or change the number are no unit
     r"(?<![a-z^{-])\d|[=<>,;?:]|\b(?:not?|base|if|but|maybe|perhaps|possibly|either|unless|about"
     r"|around|roughly|nearly|almost|approx\w*|nor|to|negative|than|more|less|least|most|over|under"
@@ -173,8 +175,8 @@ MIXED = r"\\mixed{\1}{\2}{\3}"
 RULES = [(needs, re.compile(pattern, re.ASCII), meaning) for needs, pattern, meaning in (
     # what a text must contain for the rule to be tried, pattern, replacement    # example
     ("", r"(?<=\d)(?:\{,\}|,\\!|\\!,|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),       # 1{,}234  10,\!080
-    ("\\begin", r"\\begin ?\{[vV]matrix\}", r"\\determinant{("),                # a matrix is spelled
-    ("\\begin", r"\\begin ?\{\w+\}(?:\{[lcr| ]*\})?", r"\\matrix{("),          # \matrix{(1,2),(3,4)}
+    ("\\begin", r"\\begin ?\{[vV]matrix\}", r"\\determinant{("),              # a matrix is spelled
+    ("\\begin", r"\\begin ?\{\w+\}(?:\{[lcr| ]*\})?", r"\\matrix{("),        # \matrix{(1,2),(3,4)}
     ("\\end", r"(?:\\\\)?\s*\\end ?\{\w+\}", r")}"), ("{(", "&", ","), ("{(", r"\\\\", "),("),
     ("", r"\\(?:[A-Za-z]+|.)|[$~]|[<>:]=|\+/-|[^\x00-\x7f]", lambda m: SPELLINGS.get(m[0], m[0])),
     ("\\text", r"\\text", r" \\text"),
@@ -310,7 +312,7 @@ class Evaluator:
         self.known = {}
 
     def values(self, text):
-        """The values of an expression at all points, [] if it has none or none within the bounds."""
+        """The values of an expression at all points, [] if it has none within the bounds."""
         if text in self.known:
             return self.known[text]
         values = self.known[text] = []
@@ -403,8 +405,8 @@ class Evaluator:
         return value
 
 
-# Comparison: an answer is a leaf (a number, expression or text), an equation or a group of answers (a
-# list, set, tuple, interval or matrix).
+# Comparison: an answer is a leaf (a number, expression or text), an equation, or a group of answers
+# (a list, set, tuple, interval or matrix).
 
 CHOICE = re.compile("[A-Ea-e]")  # whatever its case; `(B) 5`, with its value, is the choice B
 CHOICE_WITH_VALUE = re.compile(
@@ -620,7 +622,7 @@ def _rounds(text, x, y):
 
 
 def _close(a, b):
-    """Whether two values are equal: exactly where both are fractions, else to 1e-9 of their size."""
+    """Whether two values are equal: exactly if both are fractions, else to 1e-9 of their size."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     try:
