@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reward_rewrites import changing, keeping
 
 import reward
 from reward import (
@@ -21,6 +20,7 @@ from reward import (
     find_headers,
     score,
 )
+from reward_rewrites import changing, keeping
 
 ANSWERS = Path(__file__).with_name("answers.tsv")
 SHARED = Path(__file__).parents[2] / "shared"
