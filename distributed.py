@@ -128,7 +128,12 @@ def start(name):
     if device != "cpu":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=TIMEOUT)
+        # After a restart torchrun's store still has the addresses of the processes that ended.
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl", store=store, rank=rank(),
+            world_size=world_size(), timeout=TIMEOUT)
     return device
 
 

@@ -215,9 +215,9 @@ def mean_and_interval(values, lowest=0.0):
 
     Prompts are independent; the N problems of a prompt and its k samples are not. The interval is
     that of the normal approximation after two imaginary prompts are added, one with each extreme
-    value: if all values are equal, the truth may still be another. Source: Agresti and Coull (1998)
-    for one proportion; for pairs, with values from -1 to 1, Agresti and Min (2005). It is
-    approximate: for fewer than about 20 prompts it is too narrow."""
+    value: if all values are equal, the truth may still be another. Source: the idea of Agresti and
+    Coull (1998) for proportions and of Agresti and Min (2005) for pairs, whose values are from -1
+    to 1. It is approximate: for fewer than about 20 prompts it is too wide."""
     padded = np.append(values, [lowest, 1.0])
     half = 1.96 * padded.std(ddof=1) / math.sqrt(len(padded))
     low = max(lowest, padded.mean() - half)
