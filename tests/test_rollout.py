@@ -25,20 +25,22 @@ def full_logits(model, prompt, tokens):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_equal_a_full_forward_pass(kind, temperature):
-    """The cache, a position or a mask is wrong, or the logprobs are not those of the distribution that was
-    sampled from. Training would push on the wrong tokens."""
+    """The cache, a position or a mask is wrong, or the logprobs are not those of the distribution
+    that was sampled from. Training would push on the wrong tokens."""
     model = random_model(kind)
     completions = generate(model, PROMPTS, 4, 40, eos_ids=EOS, temperature=temperature, max_rows=7)
     for r, completion in enumerate(completions):
         logits = full_logits(model, PROMPTS[r // 4], completion.tokens) / temperature
-        full = torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        tokens = torch.tensor(completion.tokens)[:, None]
+        full = torch.log_softmax(logits, -1).gather(1, tokens)[:, 0]
         torch.testing.assert_close(completion.logprobs, full, atol=1e-4, rtol=0)
 
 
 def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours(monkeypatch):
-    """Draws depend on rows or refills, or a cache leaks into another row: a run would not repeat on another
-    machine. With few rows they are refilled many times; then each prompt is sampled alone under its key. On
-    a CPU whose products are rounded up to `row_multiple` rows, not a bit of the logprobs differs."""
+    """Draws depend on rows or refills, or a cache leaks into another row: a run would not repeat on
+    another machine. With few rows they are refilled many times; then each prompt is sampled alone
+    under its key. On a CPU whose products are rounded up to `row_multiple` rows, not a bit of the
+    logprobs differs."""
     model, options = random_model(), dict(eos_ids=EOS, seed=3, step=5)
     together = generate(model, PROMPTS, 12, 150, max_rows=64, **options)
     crowded = [generate(model, PROMPTS, 12, 150, max_rows=rows, **options) for rows in (1, 7, 20)]
@@ -50,12 +52,13 @@ def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours(monkeypat
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(completions, together))
     monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)  # more refills
     for rows in (1, 5, 7):
-        assert tokens_of(generate(model, PROMPTS, 12, 150, max_rows=rows, **options)) == tokens_of(together)
+        again = generate(model, PROMPTS, 12, 150, max_rows=rows, **options)
+        assert tokens_of(again) == tokens_of(together)
 
 
 def test_samples_of_a_prompt_differ():
-    """The samples of a group are equal, so every advantage is 0. Equal prompts differ, too, and so do steps
-    and seeds."""
+    """The samples of a group are equal, so every advantage is 0. Equal prompts differ, too, and so
+    do steps and seeds."""
     model, rows = random_model(), []
     for where in ({}, {"step": 1}, {"seed": 1}):
         rows += map(tuple, tokens_of(generate(model, [PROMPTS[0]] * 2, 8, 40, eos_ids=[], **where)))
@@ -64,14 +67,15 @@ def test_samples_of_a_prompt_differ():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_come_from_the_softmax(temperature):
-    """Tokens are sampled from another distribution than the reported one. 20,000 draws of one token: the
-    chi-square statistic of 63 degrees of freedom is above 120 once in 50,000 times."""
+    """Tokens are sampled from another distribution than the reported one. 20,000 draws of one
+    token: the chi-square statistic of 63 degrees of freedom is above 120 once in 50,000 times."""
     model = random_model()
     with torch.no_grad():
         model.model.norm.weight.mul_(0.3)  # flatter, so that many tokens are expected often enough
     completions = generate(model, [PROMPTS[1]], 20000, 1, eos_ids=EOS, temperature=temperature,
                            max_rows=20000)
-    p = torch.softmax(model(torch.tensor([PROMPTS[1]]))[0, -1].double() / temperature, -1).detach().numpy()
+    logits = model(torch.tensor([PROMPTS[1]]))[0, -1].detach().double()
+    p = torch.softmax(logits / temperature, -1).numpy()
     expected, seen = 20000 * p, np.bincount(np.ravel(tokens_of(completions)), minlength=64)
     often = expected >= 5
     statistic = ((seen - expected)[often] ** 2 / expected[often]).sum()
@@ -86,8 +90,8 @@ def test_greedy_takes_the_likeliest_token():
 
 
 def test_eos_ends_a_completion_and_belongs_to_it():
-    """EOS is dropped, so stopping has no gradient and is not learned. A completion whose last affordable
-    token is EOS is not truncated."""
+    """EOS is dropped, so stopping has no gradient and is not learned. A completion whose last
+    affordable token is EOS is not truncated."""
     completions, ended_in_time = generate(random_model(), PROMPTS, 16, 12, eos_ids=EOS), 0
     for c in completions:
         assert not set(c.tokens[:-1]) & set(EOS)
@@ -98,8 +102,9 @@ def test_eos_ends_a_completion_and_belongs_to_it():
 
 
 def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
-    """Work is wasted. Each prompt goes through the model once for all its samples, also if they are sampled
-    in several waves, and a row costs one token per step until it ends. Each end is reported once."""
+    """Work is wasted. Each prompt goes through the model once for all its samples, also if they are
+    sampled in several waves, and a row costs one token per step until it ends. Each end is reported
+    once."""
     model, prefilled, decoded, ended = random_model(), [], [], []
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]  # one token alone needs no prefill
     original = model.hidden
@@ -136,15 +141,17 @@ def test_a_budget_beyond_the_models_positions_is_refused():
 
 
 def test_rows_that_ended_between_two_looks_leave_no_trace(monkeypatch):
-    """On a GPU the host looks at the rows only now and then, and shapes are rounded up. What a row does after
-    its EOS, or a free row does at all, changes the result. The CPU runs at the same pace here."""
+    """On a GPU the host looks at the rows only now and then, and shapes are rounded up. What a row
+    does after its EOS, or a free row does at all, changes the result. The CPU runs at the same pace
+    here."""
     model, options = random_model(), dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=7)
     expected = generate(model, PROMPTS, 3, 20, **options)
-    for look_every, row_multiple, length_multiple in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
+    for look_every, rows, length_multiple in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
         monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
         monkeypatch.setitem(LENGTH_MULTIPLE, "cpu", length_multiple)
-        monkeypatch.setattr(rollout, "row_multiple", lambda device: row_multiple)
+        monkeypatch.setattr(rollout, "row_multiple", lambda device, rows=rows: rows)
         for ours, theirs in zip(generate(model, PROMPTS, 3, 20, **options), expected, strict=True):
             assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)
-    assert {c.truncated for c in expected} == {True, False} and len({len(c.tokens) for c in expected}) > 5
+    assert {c.truncated for c in expected} == {True, False}
+    assert len({len(c.tokens) for c in expected}) > 5

@@ -1,4 +1,5 @@
-"""What runs on a GPU, checked without one: kernels on meta tensors, graphs with a stand-in, memory on paper."""
+"""What runs on a GPU, checked without one: kernels on meta tensors, graphs with a stand-in, memory
+on paper."""
 
 import types
 
@@ -31,8 +32,8 @@ WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::mask
 
 
 class OnTheDevice(TorchDispatchMode):
-    """Raises for an operation that waits for the device, or that reads tensors of both devices. Copies of
-    inputs from the host to the device are allowed."""
+    """Raises for an operation that waits for the device, or that reads tensors of both devices.
+    Copies of inputs from the host to the device are allowed."""
 
     def __init__(self):
         super().__init__()
@@ -60,8 +61,8 @@ def on_the_device(kind, dtype):
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_a_sampled_token_neither_waits_nor_touches_the_host(kind, dtype, temperature):
-    """A part of the sampler's state is left on the CPU, or a token waits for the host: a CUDA graph cannot
-    be captured, or every token costs a round trip."""
+    """A part of the sampler's state is left on the CPU, or a token waits for the host: a CUDA graph
+    cannot be captured, or every token costs a round trip."""
     model = on_the_device(kind, dtype)
     with torch.inference_mode(), OnTheDevice() as mode:
         slots = Slots(model, 64, 30, 128)
@@ -73,7 +74,8 @@ def test_a_sampled_token_neither_waits_nor_touches_the_host(kind, dtype, tempera
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_starting_a_group_neither_waits_nor_touches_the_host(kind, dtype):
-    """A prompt is computed on the CPU, or its keys and values are copied there on their way to the cache."""
+    """A prompt is computed on the CPU, or its keys and values are copied there on their way to the
+    cache."""
     model = on_the_device(kind, dtype)
     with torch.inference_mode(), OnTheDevice() as mode:
         slots = Slots(model, 8, 30, 128)
@@ -100,8 +102,9 @@ def test_a_training_pass_neither_waits_nor_touches_the_host(kind, dtype, chunked
 def test_the_mode_notices():
     """The stand-in of the tests above would let everything pass."""
     x = torch.zeros(3, device="meta")
-    for mistake in (lambda: x[torch.tensor([True, False, True]).to("meta")], lambda: x + torch.zeros(3),
-                    lambda: x.cpu(), lambda: x.sum().item(), lambda: x.nonzero()):
+    mask = torch.tensor([True, False, True]).to("meta")
+    for mistake in (lambda: x[mask], lambda: x + torch.zeros(3), lambda: x.cpu(),
+                    lambda: x.sum().item(), lambda: x.nonzero()):
         with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), OnTheDevice():
             mistake()
 
@@ -111,7 +114,8 @@ def test_the_mode_notices():
 
 
 class RecordedGraph:
-    """Takes the place of torch.cuda.CUDAGraph: capturing executes nothing, a replay executes all."""
+    """Takes the place of torch.cuda.CUDAGraph: capturing executes nothing, a replay executes
+    all."""
 
     capturing = None
 
@@ -156,7 +160,8 @@ def graphs(monkeypatch):
 
 
 def test_a_token_is_computed_once_whatever_the_order_of_sizes(graphs):
-    """A capture is not replayed, so a token is lost, or it is computed by the capture's call, too."""
+    """A capture is not replayed, so a token is lost, or it is computed by the capture's call,
+    too."""
     rng = np.random.default_rng(0)
     sizes = [(int(n), int(filled)) for n, filled in rng.integers(1, 4, (200, 2))]
     computed = []
@@ -167,8 +172,8 @@ def test_a_token_is_computed_once_whatever_the_order_of_sizes(graphs):
 
 
 def test_graphs_sample_what_the_plain_step_samples(graphs, monkeypatch):
-    """Graphs hold a state that the loop replaces, or sizes change what a row computes. The CPU runs at the
-    pace of a GPU here: it looks for ended rows every 8 tokens and rounds sizes up."""
+    """Graphs hold a state that the loop replaces, or sizes change what a row computes. The CPU runs
+    at the pace of a GPU here: it looks for ended rows every 8 tokens and rounds sizes up."""
     model = random_model()
     options = dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=9)
     expected = generate(model, PROMPTS, 3, 40, **options)
@@ -194,7 +199,8 @@ def one_gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_model_loads_onto_the_one_gpu(one_gpu, monkeypatch, name):
-    """PyTorch refuses "cuda" where it asks for a number: no run on one GPU passes its first line."""
+    """PyTorch refuses "cuda" where it asks for a number: no run on one GPU passes its first
+    line."""
     used = []
 
     def from_pretrained(path, dtype, device):
@@ -209,7 +215,8 @@ def test_a_model_loads_onto_the_one_gpu(one_gpu, monkeypatch, name):
 @pytest.mark.parametrize("name, local_rank, world_size, expected", [
     ("auto", "0", "1", "cuda:0"), ("cuda", "3", "8", "cuda:3"), ("auto", "5", "8", "cuda:5"),
     ("cuda:0", "2", "8", "cuda:2")])
-def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch, name, local_rank, world_size, expected):
+def test_each_process_of_torchrun_has_its_own_gpu(
+        monkeypatch, name, local_rank, world_size, expected):
     """All processes use the first GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(world_size))
@@ -221,7 +228,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch, name, local_rank,
 @pytest.mark.parametrize("name", ["cuda:1", "cuda:x", "gpu", "mps"])
 def test_a_device_that_does_not_exist_is_named(one_gpu, name):
     """A traceback of PyTorch's, or a run on another device."""
-    with pytest.raises(UserError, match=f"--device {name} is not available: use cpu or one of the 1 GPUs"):
+    with pytest.raises(UserError, match=f"--device {name} is not available: .* one of the 1 GPUs"):
         distributed.find_device(name)
 
 
@@ -230,15 +237,17 @@ def test_a_device_that_does_not_exist_is_named(one_gpu, name):
 
 
 def test_a_gpu_samples_as_many_rows_as_fit(monkeypatch, capsys):
-    """An evaluation with a large budget asks for more keys and values than a GPU holds, a small one is
-    slowed down, or a line is printed at every step."""
+    """An evaluation with a large budget asks for more keys and values than a GPU holds, a small one
+    is slowed down, or a line is printed at every step."""
     config = Config.from_hf(scale.CONFIGS["hbx/JustRL-DeepSeek-1.5B"])
-    model = types.SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda:0"))
+    device = torch.device("cuda:0")
+    model = types.SimpleNamespace(config=config, dtype=torch.bfloat16, device=device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40e9, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10e9)
     prompts = [[1] * 1000] * 272
-    rows = [distributed.rows_at_a_time(model, prompts, 1, budget, 256) for budget in (100, 16384, 16384)]
+    rows = [distributed.rows_at_a_time(model, prompts, 1, budget, 256)
+            for budget in (100, 16384, 16384)]
     assert rows[0] == 256 and rows[1] == rows[2]
     assert 0.9 * 60e9 * 0.95 < rows[1] * 28672 * 17384 < 0.9 * 60e9  # bytes of keys and values
     assert distributed.rows_at_a_time(model, prompts[:30], 1, 16384, 256) == 30
@@ -264,7 +273,8 @@ def test_the_commands_of_the_paper_fit_their_cards():
 
 
 def test_what_a_pass_keeps_is_counted_right():
-    """The count of what autograd keeps, on tensors without values, is not what a real pass keeps."""
+    """The count of what autograd keeps, on tensors without values, is not what a real pass
+    keeps."""
     model = random_model("qwen2", hidden_size=64, num_hidden_layers=3).to(torch.bfloat16)
     counted = scale.saved_bytes(model.config, 20, 20 + 4 * 30, 4, False)
     tensors = {}

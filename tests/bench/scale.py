@@ -231,8 +231,8 @@ GAPS = 0.02  # of what is allocated is lost between blocks: an assumption
 
 
 class FlashAttention(torch.autograd.Function):
-    """What flash attention keeps for the backward pass, without computing it: q, k, v, the output, and a
-    float32 number for each query (arXiv 2205.14135, section 3.1)."""
+    """What flash attention keeps for the backward pass, without computing it: q, k, v, the output,
+    and a float32 number for each query (arXiv 2205.14135, section 3.1)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -268,8 +268,8 @@ def saved_bytes(config, prompt, tokens, samples, checkpointing):
 
 
 def memory(config, s, card, prompt=PROMPT):
-    """Bytes of one GPU of `card` bytes in each phase of a run: {phase: {part: bytes}}. s: bcr.Settings;
-    prompt: tokens of the longest prompt."""
+    """Bytes of one GPU of `card` bytes in each phase of a run: {phase: {part: bytes}}. s:
+    bcr.Settings; prompt: tokens of the longest prompt."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in Transformer(config).parameters())
     start = {"weights, bfloat16": 2 * weights, "master weights": 4 * weights}
@@ -311,7 +311,8 @@ def memory(config, s, card, prompt=PROMPT):
 
 
 def paper_commands():
-    """bcr.Settings of each command in README.md and data/README.md that trains a model of the paper."""
+    """bcr.Settings of each command in README.md and data/README.md that trains a model of the
+    paper."""
     commands = []
     for file in ("README.md", "data/README.md"):
         for line in (REPO / file).read_text().splitlines():
@@ -330,7 +331,8 @@ def print_memory():
         print(f"\n| {model}, {CARDS[model] / 1e9:.0f} GB | " + " | ".join(phases) + " |")
         print("| --- |" + " --- |" * len(phases))
         for part in parts:
-            cells = [f"{phase[part] / 1e9:.1f}" if part in phase else "" for phase in phases.values()]
+            cells = [f"{phase[part] / 1e9:.1f}" if part in phase else ""
+                     for phase in phases.values()]
             print(f"| {part} | " + " | ".join(cells) + " |")
         totals = [f"{sum(phase.values()) / 1e9:.1f}" for phase in phases.values()]
         print("| together | " + " | ".join(totals) + " |")
