@@ -60,7 +60,7 @@ class Settings:
     clip_low: float = flag(0.2, "the ratio is clipped below 1 minus this ...")
     clip_high: float = flag(0.28, "... and above 1 plus this (DAPO's clip-higher)")
     normalize_std: bool = flag(False, "divide advantages by the group's deviation, as GRPO does")
-    length_penalty: float = flag(0.0, "baseline: this times tokens / budget less reward")
+    length_penalty: float = flag(0.0, "baseline: reward minus this times tokens / budget")
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 does not clip")
     weight_decay: float = flag(0.0, "AdamW's weight decay of matrices")
     eval_data: str = flag(str(TINY / "heldout.jsonl"), "files of problems", group="evaluation")

@@ -39,7 +39,9 @@ def open_out(s, default):
         if changed and not s.accept_changes:
             raise UserError(f"--resume: the contents of {' and '.join(changed)} have changed since "
                             "the run began: restore them, or continue with --accept-changes")
-        settings["accepted_changes"] = saved["accepted_changes"] + [changed] * bool(changed)
+        settings["accepted_changes"] = saved["accepted_changes"]
+        if changed:
+            settings["accepted_changes"].append(changed)
         write_json(out / "settings.json", settings)
         return out
     for name in [s.out] if s.out else (f"{default}-{k}" for k in itertools.count(1)):
