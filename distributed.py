@@ -206,6 +206,23 @@ def readable_errors(program):
 # Shares of the work
 
 
+def counter(bar, title, total, pause=60):
+    """A function that counts completions: on a progress bar, or in a line every `pause` seconds
+    where there is no terminal."""
+    said = time.time()
+    done = 0
+
+    def count():
+        nonlocal said, done
+        done += 1
+        bar.update()
+        if title and bar.disable and time.time() - said > pause:
+            said = time.time()
+            say(f"{title}: {done} of {total} completions")
+
+    return count
+
+
 def rows_at_a_time(model, prompts, samples, budget, max_rows):
     """How many completions to sample at a time: on a GPU as many as fit its free memory."""
     rows = min(max_rows, len(prompts) * samples)
@@ -234,7 +251,7 @@ def sample(model, prompts, samples, budget, title="", max_rows=256, **options):
             share = [prompts[p] for p in mine]
             rows = rows_at_a_time(full, share, samples, budget, max_rows)
             own = generate(full, share, samples, budget, prompt_keys=mine, max_rows=rows,
-                           on_finished=bar.update, **options)
+                           on_finished=counter(bar, title, len(share) * samples), **options)
     # Arrays are pickled many times as fast as tensors.
     own = [dataclasses.replace(c, logprobs=c.logprobs.numpy()) for c in own]
     groups = [None] * len(prompts)

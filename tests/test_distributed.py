@@ -11,41 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import distributed
-import evaluate
 from bcr import Row, Settings
 from conftest import TINY, random_model
-from data.files import UserError
 from data.runs import checkpoints, load_checkpoint, save_checkpoint
 from distributed import readable_errors
 from rollout import generate
 
 # ----------------------------------------------------------------------------------------------
 # Devices and processes
-
-
-def test_a_gpu_has_a_number(monkeypatch):
-    """`cuda` without a number is passed on to torch.cuda.set_device, which refuses it: on a machine
-    with one GPU no run starts. Under torchrun all processes use the first GPU."""
-    used = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device",
-                        lambda device: used.append(torch.cuda._utils._get_device_index(device)))
-    monkeypatch.setattr(evaluate.Transformer, "from_pretrained", lambda path, dtype,
-                        device: random_model(
-        vocab_size=1000))
-    for name in ("auto", "cuda", "cuda:1"):
-        about = evaluate.load_model(Settings(device=name))[2]
-        assert f"bfloat16 on cuda:{used[-1]}" in about
-    assert used == [0, 0, 1]
-    with pytest.raises(UserError,
-                       match="--device cuda:2 is not available: use cpu or one of the 2 GPUs"):
-        distributed.find_device("cuda:2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [distributed.find_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1",
-                                                                                   "cuda:1", "cpu"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.find_device("auto") == "cpu"
 
 
 def test_small_models_get_processes_and_large_ones_threads(tmp_path, monkeypatch):
@@ -168,3 +141,13 @@ def test_a_bug_keeps_its_traceback():
     """An error in the code is reported as the user's."""
     with pytest.raises(RuntimeError, match="shape"), readable_errors("bcr.py"):
         raise RuntimeError("shape mismatch")
+
+
+def test_a_long_step_says_how_far_it_is(capsys):
+    """Without a terminal an evaluation of an hour is silent."""
+    bar = distributed.progress_bar(3, "evaluation")
+    count = distributed.counter(bar, "evaluation", 3, pause=0)
+    count()
+    count()
+    assert capsys.readouterr().out == "evaluation: 1 of 3 completions\n" \
+                                      "evaluation: 2 of 3 completions\n"
