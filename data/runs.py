@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 import distributed
 from data.chat import copy_tokenizer
@@ -138,27 +138,26 @@ def save_checkpoint(out, step, metrics, model, master, optimizer, tokenizer):
     """Writes what the steps after `step` depend on: float32 weights, AdamW's state and the metrics
     so far. (The order of the data and every draw are functions of the settings and the step.)
 
-    Weights are gathered and written one at a time. With config.json and the files of the tokenizer,
-    copied from the directory `tokenizer`, a checkpoint is also a Hugging Face model. It is written
-    under another name, flushed and renamed, then all but the last two are removed: at any moment
-    the last `checkpoint-*` is complete. Any number of processes can resume from it."""
+    With config.json and the files of the tokenizer, copied from the directory `tokenizer`, a
+    checkpoint is also a Hugging Face model. It is written under another name, flushed and renamed,
+    then all but the last two are removed: at any moment the last `checkpoint-*` is complete. Any
+    number of processes can resume from it."""
     temporary = out / "checkpoint.tmp"
-    names = [name for name, _ in model.named_parameters()]
+    weights = {}
+    state = {}
+    for (name, _), weight in zip(model.named_parameters(), master):
+        weights[name] = weight.detach()
+        for key, tensor in optimizer.state[weight].items():
+            state[f"{key}.{name}"] = tensor
     if distributed.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    for name, weight in zip(names, master):
-        value = distributed.whole(weight.detach())
-        state = {key: distributed.whole(tensor) for key, tensor in optimizer.state[weight].items()}
-        if distributed.rank() == 0:
-            save_file({name: value}, temporary / f"model-{name}.safetensors", {"format": "pt"})
-            save_file(state, temporary / f"adamw-{name}.safetensors")
+    write_tensors(temporary / "model.safetensors", weights)
+    write_tensors(temporary / "adamw.safetensors", state)
     if distributed.rank() > 0:
         return
     copy_tokenizer(tokenizer, temporary)
     write_json(temporary / "config.json", model.config.to_hf(torch.float32))
-    write_json(temporary / "model.safetensors.index.json", {
-        "metadata": {}, "weight_map": {name: f"model-{name}.safetensors" for name in names}})
     write_json(temporary / "state.json", {"step": step, "metrics": metrics})
     for path in (*temporary.iterdir(), temporary):
         flush(path)
@@ -168,18 +167,46 @@ def save_checkpoint(out, step, metrics, model, master, optimizer, tokenizer):
         shutil.rmtree(old)
 
 
+def write_tensors(path, tensors):
+    """Writes {name: float32 tensor} as a safetensors file. Shares are gathered and written one
+    tensor at a time, so that memory holds one of them twice. All processes call this together.
+
+    Source: the format in the README of github.com/huggingface/safetensors."""
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    first = distributed.rank() == 0
+    with open(path if first else os.devnull, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            value = distributed.whole(tensor)
+            if first:
+                file.write(value.flatten().cpu().numpy().data)
+            del value  # before the next one is gathered
+
+
 @torch.no_grad()
 def load_checkpoint(out, model, master, optimizer):
     """Restores the last checkpoint. Returns its step and the metrics so far; without one, 0, []."""
     if not checkpoints(out):
         return 0, []
     path = checkpoints(out)[-1]
-    for (name, _), weight in zip(model.named_parameters(), master):
-        saved = load_file(path / f"model-{name}.safetensors")
-        weight.copy_(distributed.share_of(saved[name], weight))
-        for key, tensor in load_file(path / f"adamw-{name}.safetensors").items():
-            # AdamW's step is one number, which all processes have.
-            optimizer.state[weight][key] = (
-                distributed.share_of(tensor, weight) if tensor.dim() else tensor)
+    weights = {name: weight for (name, _), weight in zip(model.named_parameters(), master)}
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        for name, weight in weights.items():
+            weight.copy_(distributed.share_of(file.get_tensor(name), weight))
+    with safe_open(path / "adamw.safetensors", framework="pt") as file:
+        for key in file.keys():
+            kind, name = key.split(".", 1)
+            weight = weights[name]
+            tensor = file.get_tensor(key).clone()  # not a view of the mapped file
+            if tensor.dim():  # AdamW's step is one number, which all processes have
+                tensor = distributed.share_of(tensor, weight)
+            optimizer.state[weight][kind] = tensor
     state = read_json(path / "state.json")
     return state["step"], state["metrics"]

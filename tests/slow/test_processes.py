@@ -148,7 +148,7 @@ def test_sharded_processes_do_what_one_does_and_any_number_resumes(finished, tmp
     process = torchrun(4, *QUICK, *flags, "--save-every", 1, "--out", out)
     kill_one(out, process, "step 2/5")
     process.communicate(timeout=60)
-    embedding = load_file(out / "checkpoint-000001/model-model.embed_tokens.weight.safetensors")
+    embedding = load_file(out / "checkpoint-000001/model.safetensors")
     whole = load_file(TINY / "model/model.safetensors")["model.embed_tokens.weight"]
     assert embedding["model.embed_tokens.weight"].shape == whole.shape
     process = torchrun(1, "--resume", out)
