@@ -381,8 +381,8 @@ class Evaluator:
             raise ValueError("an operand is missing")
         self.varies = True
         draw = zlib.crc32(f"{self.point}{name}{self.both}".encode(errors="replace"))
-        if self.whole:
-            return Fraction(1 + draw % 16)
+        if self.whole:  # the last bits of similar texts are alike: mix them
+            return Fraction(1 + (draw * 2654435761 >> 20) % 16)
         negative = self.point and r"\abs" in self.both
         return Fraction(500 + draw % 2500, -997 if negative else 997)
 
