@@ -139,7 +139,10 @@ def test_changed_contents_are_refused_by_name_or_accepted_and_recorded(tmp_path,
     """Answers to other problems, a table of two rewards, or prompts of another template are mixed
     in silently; or a reward that failed at step 900 cannot be corrected."""
     shutil.copytree(TINY / "model", tmp_path / "model")
-    shutil.copy(TINY / "heldout.jsonl", tmp_path / "data.jsonl")
+    data = (TINY / "heldout.jsonl").read_text()
+    # A problem may look like the heading of a file that is written to be read.
+    data = data.replace('"problem": "', '"problem": "Consider:\\n==== step 1: one group\\n')
+    (tmp_path / "data.jsonl").write_text(data)
     (tmp_path / "mine.py").write_text("from reward import score\n")
     out = tmp_path / "out"
     assert status_of(bcr.main, *SMALL, "--model", tmp_path / "model", "--data",
@@ -163,6 +166,7 @@ def test_changed_contents_are_refused_by_name_or_accepted_and_recorded(tmp_path,
     (before, after), = [change["--reward"] for change in saved["accepted_changes"]]
     assert before != after == saved["sha256"]["--reward"] and len(metrics_of(out)) == 2
     assert status_of(bcr.main, "--resume", out) == 0
+    assert "\n==== step 1: one group\n" in (out / "samples/step-000002.txt").read_text()
 
 
 def test_a_full_disk_damages_nothing(finished, tmp_path):
