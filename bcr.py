@@ -162,8 +162,7 @@ def accumulate_gradient(model, master, rows, constant, s):
         advantages = advantages.float().to(model.device)  # (M,)
         # With one update the policy is still the sampler: the ratio is 1, without any rounding.
         old_logprobs = sampler_logprobs if s.updates > 1 else logprobs.detach()
-        loss = policy_loss(
-            logprobs, old_logprobs, advantages, constant, s.clip_low, s.clip_high)
+        loss = policy_loss(logprobs, old_logprobs, advantages, constant, s.clip_low, s.clip_high)
         loss.backward()
         for total, parameter in zip(sums, model.parameters()):
             if parameter.grad is not None:
