@@ -313,6 +313,14 @@ def cuda_graphs(step):
 WRAPPERS = {"cpu": lambda step: step, "cuda": cuda_graphs}
 
 
+def check_length(model, tokens, budget):
+    """Raises UserError if a prompt of that many tokens and the budget do not fit the model."""
+    limit = model.config.max_position_embeddings
+    if tokens + budget > limit:
+        raise UserError(f"a prompt of {tokens} tokens and a budget of {budget} exceed the {limit} "
+                        "positions of this model: lower the budget or N")
+
+
 @torch.inference_mode()
 def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=0, step=0,
              prompt_keys=None, max_rows=256, on_finished=lambda: None):
@@ -327,10 +335,7 @@ def generate(model, prompts, samples, budget, *, eos_ids, temperature=1.0, seed=
     a budget beyond the model's positions."""
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
-    limit = model.config.max_position_embeddings
-    if longest + budget > limit:
-        raise UserError(f"a prompt of {longest} tokens and a budget of {budget} exceed the {limit} "
-                        "positions of this model: lower the budget or N")
+    check_length(model, longest, budget)
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
     total = len(prompts) * samples
     max_rows = min(max_rows, total)
