@@ -1,5 +1,4 @@
-"""The study, with its main comparison in short: BCR, a cap at N = 1, plain GRPO and a penalty, one
-seed."""
+"""The study, with its main comparison in short: BCR, a cap at N = 1 and plain GRPO, one seed."""
 
 import json
 
@@ -9,7 +8,7 @@ from conftest import TINY, lines_of, start
 from data.chat import load_chat
 from data.study import study
 
-ARMS = ("base", "bcr-n4", "cap-n1", "grpo-n1", "penalty-4")
+ARMS = ("base", "bcr-n4", "cap-n1", "grpo-n1")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def out(tmp_path_factory):
     """The directory of a study of one seed."""
     out = tmp_path_factory.mktemp("study")
     process = start("data.study.study", "--out", out, "--arms", ",".join(ARMS), "--seeds", 1,
-                    "--steps", 12, "--evaluated", 160, "--jobs", 1)
+                    "--steps", 12, "--evaluated", 80, "--jobs", 1)
     stdout, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert (out / "report.txt").read_text() in stdout
@@ -34,17 +33,14 @@ def found(out):
 
 @pytest.mark.slow
 def test_bcr_shortens_and_plain_grpo_does_not(found):
-    """The claim itself, loosely: BCR stopped working. The penalty is checked too, because a
-    baseline that did nothing would flatter BCR."""
-    base, bcr, _, grpo, penalty = (found[arm] for arm in ARMS)
+    """The claim itself, loosely: BCR stopped working, or it is not the budget that shortens."""
+    base, bcr, _, grpo = (found[arm] for arm in ARMS)
     assert bcr["tokens, N=1"] < 0.8 * min(base["tokens, N=1"], grpo["tokens, N=1"])
     assert grpo["tokens, N=1"] > 0.9 * base["tokens, N=1"]
     assert bcr["waits, N=1"] < 0.7 * base["waits, N=1"]
     for n in (1, 4):
         assert bcr[f"right %, N={n}"] > base[f"right %, N={n}"] - 7
     assert bcr["right % in 40, N=4"] > base["right % in 40, N=4"] + 15
-    assert penalty["tokens, N=1"] < 0.97 * grpo["tokens, N=1"]
-    assert penalty["right %, N=1"] > base["right %, N=1"] - 15
 
 
 @pytest.mark.slow

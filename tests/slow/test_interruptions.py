@@ -35,8 +35,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_was_not(finished, tmp_path):
     assert len(checkpoints(out)) == 2 and not (out / "checkpoint.tmp").exists()
 
 
-@pytest.mark.parametrize("processes, number",
-                         [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_stopped_run_says_how_to_go_on(finished, tmp_path, processes, number):
     """Ctrl-C or preemption ends in a traceback, in a message per process, or takes long. The
     terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the first."""
