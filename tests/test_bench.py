@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+import bcr
 from conftest import REPO
+from data.settings import parse_flags
 from model import Config, Transformer
 from tests.bench import scale, speed
 
@@ -81,3 +83,9 @@ def test_a_step_on_paper():
     assert many["sampling"] > many["floor"]
     assert many["step"] > t["step"] / 3  # 8 times the GPUs, less than 3 times the speed
     assert scale.step_on_paper("32B", "H100", 64)["rows"] == 0  # gathered weights leave no room
+
+
+def test_the_runs_that_scale_measures_are_accepted():
+    """A default of bcr.py changes, and the measurement ends with a sentence about its flags."""
+    s = parse_flags(bcr.Settings, "", scale.RUN)
+    assert min(s.eval_budget) >= max(s.budget)

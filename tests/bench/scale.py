@@ -37,7 +37,7 @@ REPO = Path(__file__).resolve().parents[2]
 GROUPS = 16
 SAMPLES = 8
 RUN = ["--steps", "4", "--groups", str(GROUPS), "--samples", str(SAMPLES),
-       "--micro-tokens", "32768", "--eval-n", "1", "--eval-problems", "2", "--eval-budget", "150",
+       "--micro-tokens", "32768", "--eval-n", "1", "--eval-problems", "2", "--eval-budget", "200",
        "--save-every", "100"]
 WAYS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard"])}
 
