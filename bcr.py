@@ -33,15 +33,13 @@ import torch
 import distributed
 import evaluate
 from data.chat import check_budget, copy_tokenizer, decode, encode_chat
-from data.files import REPO, UserError, write_json, write_lines
+from data.files import TINY, UserError, write_json, write_lines
 from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems
 from data.reports import plot, table, training_warnings, write_group
 from data.runs import load_checkpoint, open_out, resume_restarted, save_checkpoint
 from data.settings import flag, one_for_each, parse_flags
 from distributed import say
 from rollout import Completion, token_logprobs
-
-TINY = REPO / "data/tiny"
 
 
 @dataclasses.dataclass(frozen=True)

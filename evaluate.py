@@ -27,7 +27,7 @@ import torch
 import distributed
 import reward
 from data.chat import decode, encode_chat, fitting_problems, load_chat
-from data.files import UserError, find_model, write_json, write_lines
+from data.files import TINY, UserError, find_model, write_json, write_lines
 from data.problems import (
     batch_prompt,
     doubtful_golds,
@@ -40,8 +40,6 @@ from data.runs import open_out
 from data.settings import flag, one_for_each, parse_flags
 from distributed import say
 from model import Transformer
-
-TINY = Path(__file__).resolve().parent / "data/tiny"
 
 
 @dataclass(frozen=True)

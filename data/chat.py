@@ -25,7 +25,6 @@ class Chat:
     template: jinja2.Template | None  # None: the message is passed as plain text
     special: dict  # bos_token, eos_token, ... for the template
     eos_ids: list[int]  # the ids that end a completion
-    date: datetime.datetime  # what the template takes for today
 
 
 def encode_chat(chat, message):
@@ -77,7 +76,8 @@ def check_budget(chat, problems, budget):
 
 
 def load_chat(path, date=None):
-    """The Chat of a Hugging Face directory. Raises UserError for a missing or broken file."""
+    """The Chat of a Hugging Face directory. date: what a template takes for now, by default the
+    present. Raises UserError for a missing or broken file."""
     path = Path(path)
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -101,9 +101,9 @@ def load_chat(path, date=None):
     eos_ids = sorted(eos_ids - {None})
     if not eos_ids:
         raise UserError(f"{path} names no eos_token: a completion could not end")
-    date = date or datetime.datetime.now()
-    template = load_template(path, settings.get("chat_template"), date)
-    return Chat(path, tokenizer, template, special, eos_ids, date)
+    now = date or datetime.datetime.now()
+    template = load_template(path, settings.get("chat_template"), now)
+    return Chat(path, tokenizer, template, special, eos_ids)
 
 
 def load_template(path, source, date):
