@@ -1,6 +1,7 @@
 """Evaluation and solving: every problem counts once, intervals hold what they promise, rewards of
 the user's own, and the command evaluate.py."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import bcr
 import evaluate
 from conftest import REPO, TINY, lines_of, status_of
+from data.chat import encode_chat
 from data.files import UserError, write_lines
 from data.problems import evaluation_groups, load_problems
 from data.reports import dial, plot
@@ -313,3 +315,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys):
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [0, 900]}')
     assert status_of(evaluate.main, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
     assert "do not belong together" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_date_that_it_began_with(tmp_path):
+    """A template that writes today's date gives a run that is resumed tomorrow other prompts."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}")
+    s = EvaluationSettings(model=str(tmp_path / "model"))
+    chat = evaluate.load_model(dataclasses.replace(s, date="2024-07-26"))[1]
+    text = chat.tokenizer.decode(encode_chat(chat, "17"))
+    assert "26" in text and "2024" in text
