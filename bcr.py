@@ -35,7 +35,7 @@ import evaluate
 from data.chat import check_budget, copy_tokenizer, decode, encode_chat
 from data.files import TINY, UserError, write_json, write_lines
 from data.problems import batch_prompt, draw_groups, load_benchmarks, load_problems
-from data.reports import plot, table, training_warnings, write_group
+from data.reports import budget_report, plot, table, training_warnings, write_group
 from data.runs import load_checkpoint, open_out, resume_restarted, save_checkpoint
 from data.settings import flag, one_for_each, parse_flags
 from distributed import say
@@ -47,6 +47,7 @@ class Settings:
     n: tuple = flag((4,), "problems in a prompt (N); 2,4,8 take turns, a step each", group="task")
     budget: tuple = flag((160,), "tokens for a whole completion, all N problems; one, or one per N")
     model: str = flag(str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub")
+    template_options: str = flag("", 'JSON for the chat template: {"enable_thinking": false}')
     data: str = flag(str(TINY / "train.jsonl"), "training problems (JSONL)")
     reward: str = flag("", "Python file with score(completion, golds) -> N numbers from 0 to 1")
     steps: int = flag(40, "training steps", least=1, group="training")
@@ -198,6 +199,7 @@ def train(s):
     out = distributed.on_first(open_out, s, "out/run")
     say(f"{about}; {len(problems)} training problems; writing to {out}")
     before = evaluate.evaluate_all(model, chat, benchmarks, score, e, out, 0, "before training")
+    say(budget_report(s, before[0]))
     done, metrics = load_checkpoint(out, model, master, optimizer)
     copy_weights(master, model)
     if done:

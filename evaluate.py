@@ -46,6 +46,7 @@ from model import Transformer
 class EvaluationSettings:
     model: str = flag(
         str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub", group="task")
+    template_options: str = flag("", 'JSON for the chat template: {"enable_thinking": false}')
     data: str = flag(str(TINY / "heldout.jsonl"), "JSONL files of problems, separated by commas")
     solve: str = flag("", "answer the problems of this JSONL file, with one --n and one --budget")
     n: tuple = flag((1, 2, 4, 8), "values of N, the number of problems in a prompt")
@@ -54,7 +55,7 @@ class EvaluationSettings:
     problems: int = flag(512, "problems of each file, the same ones at each N", least=1)
     samples: int = flag(1, "completions of each prompt (k): the accuracy is avg@k", least=1)
     temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token")
-    target_accuracy: float = flag(0.0, "name the N that reaches this with the fewest tokens")
+    target_accuracy: float = flag(0.0, "name the fastest N that reaches this accuracy")
     reward: str = flag("", "Python file with score(completion, golds) -> N numbers from 0 to 1")
     out: str = flag(
         "", "output directory (default: the next free out/evaluation-1, ...)", group="run")
@@ -310,7 +311,8 @@ def load_model(s, checkpointing=False, shard=False):
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     date = datetime.datetime.fromisoformat(s.date) if s.date else None
-    chat = load_chat(find_model(s.model), distributed.all_gather(date)[0])
+    date = distributed.all_gather(date)[0]
+    chat = load_chat(find_model(s.model), date, s.template_options)
     if shard and distributed.world_size() > 1:
         model = distributed.load_sharded(chat.path, getattr(torch, dtype), device)
     else:

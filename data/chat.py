@@ -23,7 +23,7 @@ class Chat:
     path: Path
     tokenizer: Tokenizer
     template: jinja2.Template | None  # None: the message is passed as plain text
-    special: dict  # bos_token, eos_token, ... for the template
+    variables: dict  # bos_token, ... and --template-options, for the template
     eos_ids: list[int]  # the ids that end a completion
 
 
@@ -34,7 +34,7 @@ def encode_chat(chat, message):
     try:
         text = chat.template.render(
             messages=[{"role": "user", "content": message}], tools=None, documents=None,
-            add_generation_prompt=True, **chat.special)
+            add_generation_prompt=True, **chat.variables)
     except Exception as error:  # a template is a program: it can fail in any way
         raise UserError(f"the chat template in {chat.path} fails: {error}") from None
     return chat.tokenizer.encode(text, add_special_tokens=False).ids  # the template wrote them
@@ -75,9 +75,10 @@ def check_budget(chat, problems, budget):
                         f"answers to {len(problems)} problems: raise --budget or lower --n")
 
 
-def load_chat(path, date=None):
+def load_chat(path, date=None, options=""):
     """The Chat of a Hugging Face directory. date: what a template takes for now, by default the
-    present. Raises UserError for a missing or broken file."""
+    present. options: a JSON object, further variables for the template. Raises UserError for a
+    missing or broken file, or other options."""
     path = Path(path)
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -103,7 +104,20 @@ def load_chat(path, date=None):
         raise UserError(f"{path} names no eos_token: a completion could not end")
     now = date or datetime.datetime.now()
     template = load_template(path, settings.get("chat_template"), now)
-    return Chat(path, tokenizer, template, special, eos_ids)
+    variables = special | template_options(options)
+    return Chat(path, tokenizer, template, variables, eos_ids)
+
+
+def template_options(text):
+    """The JSON object of --template-options as a dict."""
+    try:
+        options = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError("--template-options should be a JSON object, as in "
+                        f"'{{\"enable_thinking\": false}}', not {text}")
+    return options
 
 
 def load_template(path, source, date):

@@ -53,16 +53,41 @@ def block(title, columns):
 
 
 def dial(name, by_n, target):
-    """A sentence that names the N with the fewest tokens per problem among those with an accuracy
-    of at least `target`. by_n: {n: results}."""
-    enough = [n for n in by_n if by_n[n]["accuracy"] >= target]
+    """A sentence that names the N with the most problems per second among those with an accuracy of
+    at least `target` or, if the speed is not known for all of them, the one with the fewest tokens
+    per problem. by_n: {n: results}."""
+    enough = {n: results for n, results in by_n.items() if results["accuracy"] >= target}
     if not enough:
         return f"{name}: no N of {', '.join(by_n)} reaches {target:.1%}"
-    best = min(enough, key=lambda n: by_n[n]["tokens_per_problem"])
-    low, high = by_n[best]["accuracy_ci95"]
-    return (f"{name}: at least {target:.1%} right with the fewest tokens: N = {best}, "
-            f"{by_n[best]['accuracy']:.1%} right (95% interval {low:.1%} to {high:.1%}) with "
-            f"{by_n[best]['tokens_per_problem']:.1f} tokens a problem")
+    speeds = {n: results["problems_per_second"] for n, results in enough.items()}
+    if None in speeds.values():
+        best = min(enough, key=lambda n: enough[n]["tokens_per_problem"])
+        merit = "the fewest tokens"
+    else:
+        best = max(speeds, key=speeds.get)
+        merit = f"the most problems per second ({speeds[best]:.1f})"
+    low, high = enough[best]["accuracy_ci95"]
+    return (f"{name}: at least {target:.1%} right with {merit}: N = {best}, "
+            f"{enough[best]['accuracy']:.1%} right (95% interval {low:.1%} to {high:.1%}), "
+            f"{enough[best]['tokens_per_problem']:.1f} tokens a problem")
+
+
+def budget_report(s, results):
+    """How much of what the model uses without a limit the budget of each N allows, as text.
+    results: those of the evaluation before training, {name: {n: results}}."""
+    lines = []
+    for n, budget in zip(s.n, s.budget):
+        measured = min(s.eval_n, key=lambda m: abs(m - n))  # n itself, if it was evaluated
+        used = np.mean([by_n[str(measured)]["tokens_per_problem"] for by_n in results.values()])
+        share = budget / n / used
+        lines.append(f"at N = {measured} this model uses {used:.0f} tokens per problem without a "
+                     f"limit; the budget at N = {n} allows {budget / n:.0f} ({share:.0%})")
+        if share < 0.25:
+            lines.append("warning: hardly anything can finish within such a budget: raise --budget")
+        if share > 1:
+            lines.append("warning: such a budget puts no pressure on the length: lower --budget, "
+                         "unless this run is a control")
+    return "\n".join(lines)
 
 
 def plot(path, stages, within, metrics=()):

@@ -65,6 +65,18 @@ def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
     assert decode(chat, [encode_chat(chat, "17")]) == [today]
 
 
+def test_template_options_reach_the_template(tmp_path):
+    """--template-options '{"enable_thinking": false}' is not passed on, or is refused with a
+    traceback when it is no JSON object."""
+    path = chat_directory(tmp_path, template="{% if not thinking %}short{% endif %}{{ eos_token }}")
+    for options, text in (("", "short"), ('{"thinking": true}', "")):
+        chat = load_chat(path, options=options)
+        assert decode(chat, [encode_chat(chat, "17")]) == [text]
+    for options in ("thinking=false", "[1]", "{"):
+        with pytest.raises(UserError, match="^--template-options should be a JSON object[^\n]*$"):
+            load_chat(path, options=options)
+
+
 def test_eos_ids_are_the_union_of_three_files(tmp_path):
     """An id that only one file names is missed, and completions continue past their end."""
     chat = load_chat(chat_directory(

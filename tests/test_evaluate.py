@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import REPO, TINY, lines_of, status_of
 from data.chat import encode_chat
 from data.files import UserError, write_lines
 from data.problems import evaluation_groups, load_problems
-from data.reports import dial, plot
+from data.reports import budget_report, dial, plot
 from evaluate import EvaluationSettings, mean_and_interval, paired_change
 from reward import score
 
@@ -125,15 +126,32 @@ def test_an_accuracy_near_0_has_a_reason(capsys, tmp_path):
 # Reports
 
 
-def test_the_dial_names_the_cheapest_n_that_is_good_enough():
-    """--target-accuracy names an N that costs more or is not good enough, or none without a
-    word."""
-    by_n = {n: {"accuracy": accuracy, "tokens_per_problem": tokens, "accuracy_ci95": [0.9, 1.0]}
-            for n, accuracy,
-            tokens in (("1", 0.97, 40), ("2", 0.95, 36), ("4", 0.93, 38), ("8", 0.8, 30))}
-    assert "N = 2," in dial("a", by_n, 0.92) and "36.0 tokens" in dial("a", by_n, 0.92)
-    assert "N = 8," in dial("a", by_n, 0.5) and "N = 1," in dial("a", by_n, 0.96)
-    assert dial("a", by_n, 0.99) == "a: no N of 1, 2, 4, 8 reaches 99.0%"
+def test_the_dial_names_the_fastest_n_that_is_good_enough():
+    """--target-accuracy names an N that is slower or not good enough, or none without a word. Where
+    one speed is not known, tokens decide."""
+    by_n = {}
+    for n, accuracy, tokens, speed in ((1, 0.97, 40, 9), (2, 0.95, 36, 14), (4, 0.93, 38, 20)):
+        by_n[str(n)] = {"accuracy": accuracy, "accuracy_ci95": [0.9, 1.0],
+                        "tokens_per_problem": tokens, "problems_per_second": speed}
+    assert "second (20.0): N = 4," in dial("a", by_n, 0.92)
+    assert "second (14.0): N = 2," in dial("a", by_n, 0.94)
+    assert dial("a", by_n, 0.99) == "a: no N of 1, 2, 4 reaches 99.0%"
+    by_n["1"]["problems_per_second"] = None
+    assert "the fewest tokens: N = 2," in dial("a", by_n, 0.92)
+
+
+def test_the_budget_is_compared_with_what_the_model_uses():
+    """A budget that nothing finishes in, or that presses on nothing, is not noticed before the run
+    is over; or another N's tokens are compared with it."""
+    results = {name: {"1": {"tokens_per_problem": 100}, "4": {"tokens_per_problem": tokens}}
+               for name, tokens in (("a", 70), ("b", 90))}
+    s = SimpleNamespace(n=(4, 5, 1), budget=(192, 90, 101), eval_n=(1, 4))
+    lines = budget_report(s, results).splitlines()
+    assert lines[0] == ("at N = 4 this model uses 80 tokens per problem without a limit; the "
+                        "budget at N = 4 allows 48 (60%)")
+    assert lines[1].startswith("at N = 4") and lines[1].endswith("at N = 5 allows 18 (22%)")
+    assert lines[2].startswith("warning: hardly anything") and lines[3].endswith("101 (101%)")
+    assert lines[4].startswith("warning: such a budget puts no pressure") and len(lines) == 5
 
 
 @pytest.mark.parametrize("ns", [[3], [1, 2, 5, 7, 10], [6, 49]])
@@ -231,7 +249,7 @@ def test_the_command_reports_each_file_and_n(files, tmp_path, capsys):
             np.mean([m for r in records for m in r["correct"] if m is not None]))
         assert f["tokens_per_problem"] == pytest.approx(np.mean([r["tokens"]
                                                                  for r in records]) / int(n))
-    assert stdout.count("at least 50.0% right with the fewest tokens: N = 2") == 2
+    assert stdout.count("at least 50.0% right with the most problems per second") == 2
 
     finished = out / "evaluation/a-n2-step0.jsonl"
     write_lines(finished,
@@ -292,7 +310,7 @@ def test_solve_answers_in_input_order_and_asks_again(tmp_path):
 def test_a_problem_that_does_not_fit_is_named_first(tmp_path, capsys, data):
     """A run ends in the middle at one long line, and cannot be resumed."""
     problems = [problem["problem"] for problem in heldout(8)]
-    problems[2] = "What is " + "1 + " * 1500 + "1?"
+    problems[2] = "What is " + "1 + " * 2500 + "1?"
     write_lines(tmp_path / "long.jsonl",
                 [{"problem": problem, "answer": "1"} for problem in problems])
     flags = [data, tmp_path / "long.jsonl", "--n", 2, "--budget", 60, "--out", tmp_path / "out"]

@@ -2,9 +2,7 @@
 The tiny world: small arithmetic problems, worked solutions that check themselves far too often, and
 a small model trained on them.
 
-    python -m data.tiny.make                 makes the problems, tokenizer.json and the weights from
-                                             a seed (about 35 minutes on two cores)
-    python -m data.tiny.make --measure       measures the shipped base model (see `measure`)
+    python -m data.tiny.make      makes the problems, tokenizer.json and the weights from a seed
 
 What makes the world a fair test of BCR is explained at `write_solution`: checks find mistakes and
 hurry makes them, so a method that rewards correctness alone has no reason to shorten solutions.
@@ -13,7 +11,6 @@ hurry makes them, so a method that rewards correctness alone has no reason to sh
 import argparse
 import itertools
 import random
-import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,17 +21,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.utils.rnn import pad_sequence
 
 import distributed
-from data.chat import decode, encode_chat, load_chat
+from data.chat import encode_chat, load_chat
 from data.files import read_json, write_lines
 from data.problems import answer_section, batch_prompt, load_problems
 from model import Config, Transformer
-from reward import score
-from rollout import generate
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 KINDS = ("sum", "story", "fraction")
-STEPS = {1: 6, 2: 6, 3: 6, 4: 6, 5: 4, 6: 4, 7: 3, 8: 3}  # the difficulty, in operations: weight
+STEPS = {1: 3, 2: 4, 3: 5, 4: 6, 5: 6, 6: 5, 7: 4, 8: 4}  # the difficulty, in operations: weight
 LARGEST = 20  # running totals are in 0..LARGEST
 OPERAND = 9  # operands are in 1..OPERAND
 
@@ -107,41 +102,55 @@ def make_problems(rng, count, known, source):
 # ----------------------------------------------------------------------------------------------
 # Solutions, as the base model learns to write them
 
+# How a completion is written, and how often (in %) each style is taken for N problems: the more
+# problems, the terser. Between the values of N the shares are interpolated.
+STYLES = ("thorough", "checked", "concise", "in twos", "in threes")
+SHARES = {1: (69, 14, 12, 3, 2), 2: (59, 17, 16, 5, 3), 4: (43, 20, 22, 9, 6),
+          8: (24, 20, 28, 16, 12), 12: (16, 15, 29, 20, 20)}
+JOINED = {"in twos": 2, "in threes": 3}  # operations in one step
 
-def write_solution(rng, problem, verbose, direct=0.004, slip=0.008, hurry=0.12, redo=0.3):
+
+def draw_style(rng, n, joined=None):
+    """A style for n problems. joined: the share of the joined styles, if not that of SHARES."""
+    shares = [np.interp(n, list(SHARES), column) for column in zip(*SHARES.values())]
+    if joined is not None:
+        single = sum(shares[:3])
+        shares = [(1 - joined) * share / single for share in shares[:3]] + [joined / 2] * 2
+    return rng.choices(STYLES, shares)[0]
+
+
+def write_solution(rng, problem, style, direct=0.004, slip=0.008, hurry=0.008):
     """One worked solution: (work, answer), where `work` is what precedes the answer's line.
 
-    A verbose solution may restate the problem, checks each step 0, 1 or 2 times, and may repeat the
-    complete chain. A concise one only has the steps.
+    A thorough solution may restate the problem, checks each step 0, 1 or 2 times, and may repeat
+    the complete chain. A checked one checks most of its steps once. A concise one only has the
+    steps. The joined ones do two or three operations in a step.
 
-    Steps can be wrong in two ways. A share `slip` of them is a slip; the first check that follows
-    finds and corrects it. And a share `hurry` of the solutions joins two or three steps in one and
-    does not check it. That is written correctly, but the model cannot always compute it. So checks
-    have a purpose, a long solution is right at least as often as a short one, and brevity has a
-    price. A share `direct` has no steps: a method that rewards shortness alone can exploit them."""
+    A share `slip` of the single steps and a share `hurry` of the joined ones is wrong. The first
+    check that follows a slip finds and corrects it. So checks have a purpose, a long solution is
+    right at least as often as a short one, and brevity has a price. A share `direct` has no steps:
+    a method that rewards shortness alone can exploit them."""
     start, chain, denominator = problem["chain"]
     if len(chain) > 1 and rng.random() < direct:
         return "", answer_text(value_of(start, chain), denominator)
     parts = []
-    if verbose and rng.random() < 0.4:
+    if style == "thorough" and rng.random() < 0.4:
         parts.append(f"We need {expression(start, chain)}.")
-    steps = [[move] for move in chain]
-    if len(chain) > 1 and rng.random() < hurry:
-        steps = join_moves(rng, chain)
+    size = JOINED.get(style, 1)
     total = start
-    for moves in steps:
+    for first in range(0, len(chain), size):
+        moves = chain[first : first + size]
         before = total
         right = value_of(before, moves)
         total = right
-        if rng.random() < slip:
+        if rng.random() < (slip if size == 1 else hurry):
             near = (right - 2, right - 1, right + 1, right + 2)
             total = rng.choice([value for value in near if value >= min(0, right)])
         parts.append(f"{expression(before, moves)} = {total}.")
-        if verbose and len(moves) == 1:
-            for _ in range(rng.choices((0, 1, 2), (0.2, 0.45, 0.35))[0]):
-                parts.append(check(rng, before, moves[0], total, right))
-                total = right
-    if verbose and rng.random() < redo:
+        for _ in range(count_checks(rng, style)):
+            parts.append(check(rng, before, moves[0], total, right))
+            total = right
+    if style == "thorough" and rng.random() < 0.3:
         parts.append("Wait, let me do it again.")
         total = start
         for move in chain:
@@ -151,16 +160,17 @@ def write_solution(rng, problem, verbose, direct=0.004, slip=0.008, hurry=0.12, 
     return " ".join(parts) + "\n", answer_text(total, denominator)
 
 
+def count_checks(rng, style):
+    """How often one step is checked."""
+    if style == "thorough":
+        return rng.choices((0, 1, 2), (0.2, 0.45, 0.35))[0]
+    if style == "checked":
+        return int(rng.random() < 0.7)
+    return 0
+
+
 def value_of(start, moves):
     return start + sum(sign * operand for sign, operand in moves)
-
-
-def join_moves(rng, chain):
-    """The chain as a list of steps, of which one has two or three moves and the others have one."""
-    size = min(rng.choice((2, 2, 2, 3)), len(chain))
-    first = rng.randint(0, len(chain) - size)
-    single = [[move] for move in chain]
-    return single[:first] + [chain[first : first + size]] + single[first + size:]
 
 
 def check(rng, before, move, total, right):
@@ -175,11 +185,11 @@ def check(rng, before, move, total, right):
     return f"Wait, is it {total}? {again}, {found}"
 
 
-def write_completion(rng, problems, hurry=0.12):
+def write_completion(rng, problems, joined=None, hurry=0.008):
     """The completion for a prompt with these problems, in the format that the prompt asks for. All
-    its solutions have one style: concise in a share of 20%, else verbose."""
-    verbose = rng.random() < 0.8
-    solutions = [write_solution(rng, problem, verbose, hurry=hurry) for problem in problems]
+    its solutions have one style."""
+    style = draw_style(rng, len(problems), joined)
+    solutions = [write_solution(rng, problem, style, hurry=hurry) for problem in problems]
     sections = [answer_section(i, *solution) for i, solution in enumerate(solutions, start=1)]
     return "\n\n".join(sections)
 
@@ -210,18 +220,19 @@ def train_tokenizer(rng):
 # Pretraining
 
 # N and its weight
-MIXED = {1: 0.25, 2: 0.15, 3: 0.1, 4: 0.17, 5: 0.05, 6: 0.08, 8: 0.12, 10: 0.04, 12: 0.04}
-# Two rounds: (peak of the learning rate, two parts). A part: (optimizer steps, N and its weight,
-# share of hurried solutions). The learning rate is at its peak in the first part and falls linearly
-# to 0 in the second. Joined steps are rare and hard, so the first parts have more of them. Single
-# problems teach the steps fastest.
-ROUNDS = ((3e-3, ((1500, {1: 1.0}, 0.5), (5500, MIXED, 0.12))),
-          (1e-3, ((400, MIXED, 0.5), (400, MIXED, 0.12))))
+MIXED = {1: 0.25, 2: 0.14, 3: 0.1, 4: 0.17, 5: 0.05, 6: 0.08, 8: 0.12, 10: 0.04, 12: 0.05}
+# Rounds: (peak of the learning rate, wrong joined steps, two parts). A part: (optimizer steps, N
+# and its weight, share of joined styles, None: that of SHARES). The learning rate is at its peak in
+# the first part and falls linearly to 0 in the second. Single problems teach the steps fastest, and
+# joined ones need practice. In the first round joined steps are right as often as single ones, and
+# the model learns to compute them; the second gives hurry its price.
+ROUNDS = ((3e-3, 0.008, ((1500, {1: 1.0}, 0.3), (5500, MIXED, None))),
+          (1e-3, 0.04, ((300, MIXED, None), (700, MIXED, None))))
 TOKENS_A_BATCH = 2048  # of each process, with prompts and padding
 PROCESSES = 2  # a fixed number: another one sees other documents
 
 
-def batches(rng, chat, heldout, ns, hurry):
+def batches(rng, chat, heldout, ns, joined, hurry):
     """Endless batches of about TOKENS_A_BATCH tokens: tokens (B, T), and a mask (B, T) of those to
     predict. No problem is in `heldout`. Completions of similar length share a batch, so that little
     is padding."""
@@ -229,7 +240,7 @@ def batches(rng, chat, heldout, ns, hurry):
         pool = []
         for n in rng.choices(list(ns), ns.values(), k=2048):
             problems = [new_problem(rng, heldout) for _ in range(n)]
-            completion = write_completion(rng, problems, hurry) + "<|end|>"
+            completion = write_completion(rng, problems, joined, hurry) + "<|end|>"
             encoding = chat.tokenizer.encode(completion, add_special_tokens=False)
             pool.append((encode_chat(chat, batch_prompt(problems)), encoding.ids))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
@@ -266,19 +277,19 @@ def pretrain(s):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
     distributed.start("cpu")
-    rng = random.Random(f"{s.seed} documents {distributed.rank()}")
-    for peak, parts in ROUNDS:
-        pretrain_round(model, rng, peak, parts)
+    for number, (peak, hurry, parts) in enumerate(ROUNDS):
+        rng = random.Random(f"{s.seed} documents {number} {distributed.rank()}")
+        pretrain_round(model, rng, peak, hurry, parts)
         if distributed.rank() == 0:
             model.save_pretrained(MODEL)
 
 
-def pretrain_round(model, rng, peak, parts):
+def pretrain_round(model, rng, peak, hurry, parts):
     chat = load_chat(MODEL)
     heldout = frozenset(problem["problem"] for problem in load_problems(HERE / "heldout.jsonl"))
     optimizers = optimizers_of(model, peak)
-    sources = [itertools.islice(batches(rng, chat, heldout, ns, hurry), count)
-               for count, ns, hurry in parts]
+    sources = [itertools.islice(batches(rng, chat, heldout, ns, joined, hurry), count)
+               for count, ns, joined in parts]
     total = sum(count for count, _, _ in parts)
     falling = parts[1][0]
     for count, (tokens, mask) in enumerate(itertools.chain(*sources), start=1):  # (B, T)
@@ -307,45 +318,10 @@ def make(seed):
         seed=seed, model=str(MODEL), device="cpu", processes=PROCESSES), most=PROCESSES)
 
 
-def measure(path, count=2000):
-    """Prints what decides whether a model of this world is a fair test, at temperature 1 and
-    without truncation: is it accurate at each N and position? Are long solutions right as often as
-    short ones (else plain GRPO would shorten them)? Do joined steps cost accuracy?"""
-    model = Transformer.from_pretrained(path)
-    chat = load_chat(path)
-    problems = load_problems(HERE / "heldout.jsonl")[:count]
-    for n in (8, 4, 2, 1):
-        groups = [problems[i : i + n] for i in range(0, len(problems) // n * n, n)]
-        prompts = [encode_chat(chat, batch_prompt(group)) for group in groups]
-        completions = generate(model, prompts, 1, 1536, eos_ids=chat.eos_ids, seed=1)
-        texts = decode(chat, [c.tokens for c in completions])
-        lengths = np.array([len(c.tokens) for c in completions])  # (P,)
-        right = np.array([score(text, [problem["answer"] for problem in group])
-                          for text, group in zip(texts, groups)])  # (P, N)
-        positions = " ".join(f"{share:.1%}" for share in right.mean(axis=0))
-        print(f"N = {n}: {right.mean():.2%} right, {lengths.mean() / n:.1f} tokens a problem; "
-              f"by position {positions}")
-    right = right[:, 0]
-    steps = np.array([problem["difficulty"] for problem in problems])
-    joined = np.array([bool(re.search(r"\d+( [+-] \d+){2,} =", text)) for text in texts])
-    median = np.array([np.median(lengths[steps == level]) for level in steps])
-    for name, rows in {"shorter than the median of their steps": lengths < median,
-                       "longer": lengths > median, "with a joined step": joined,
-                       "without": ~joined}.items():
-        print(f"N = 1, solutions {name}: {rows.mean():.2%} of all, {right[rows].mean():.2%} right, "
-              f"{lengths[rows].mean():.1f} tokens")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", nargs="?", const=str(MODEL), metavar="DIR",
-                        help="measure the model in DIR (default: the shipped one)")
-    s = parser.parse_args()
-    if s.measure:
-        measure(s.measure)
-    else:
-        make(s.seed)
+    make(parser.parse_args().seed)
 
 
 if __name__ == "__main__":
