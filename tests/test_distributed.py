@@ -4,7 +4,6 @@ errors. Runs of several processes are in slow/test_processes.py."""
 import dataclasses
 import os
 import signal
-import weakref
 
 import numpy as np
 import pytest
@@ -89,8 +88,7 @@ def test_grad_clip_0_does_not_clip():
 
 def test_a_checkpoint_restores_weights_adamw_and_metrics(tmp_path):
     """A resumed run forgets weights, AdamW's state or the metrics so far; more than two checkpoints
-    fill the disk; a half-written one is taken for a checkpoint; or a weight and its moments are not
-    written alone, so that memory holds a second model."""
+    fill the disk; or a half-written one is taken for a checkpoint."""
     model = random_model()
     master = list(model.parameters())
     optimizer = torch.optim.AdamW(master, lr=1e-3, foreach=False)
@@ -116,26 +114,6 @@ def test_a_checkpoint_restores_weights_adamw_and_metrics(tmp_path):
         assert torch.equal(ours, theirs) and len(again.state[ours]) == 3
         for key, value in optimizer.state[theirs].items():
             assert torch.equal(again.state[ours][key], value), key
-
-
-def test_a_checkpoint_holds_one_gathered_tensor_at_a_time(tmp_path, monkeypatch):
-    """A checkpoint needs the memory of all weights and of AdamW's state once more."""
-    held = []
-
-    def gathered(tensor):
-        assert not any(reference() is not None for reference in held)
-        copy = tensor.clone()
-        held.append(weakref.ref(copy))
-        return copy
-
-    monkeypatch.setattr(distributed, "whole", gathered)
-    model = random_model()
-    master = list(model.parameters())
-    optimizer = torch.optim.AdamW(master, foreach=False)
-    model(torch.tensor([[1, 2, 3]])).sum().backward()
-    optimizer.step()
-    save_checkpoint(tmp_path, 1, [], model, master, optimizer, TINY / "model")
-    assert len(held) == 4 * len(master)
 
 
 def graph_capture():

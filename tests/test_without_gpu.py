@@ -100,6 +100,20 @@ def test_a_training_pass_neither_waits_nor_touches_the_host(kind, dtype, chunked
     assert all(p.grad.device.type == "meta" for p in model.parameters()) and mode.operations > 200
 
 
+def test_the_gradient_of_a_step_waits_for_the_device_only_at_its_end(monkeypatch):
+    """A number is read on the host in each micro-batch, and the device stands still between two."""
+    def end(sums):  # what follows reads the statistics, which have no values here
+        assert mode.operations > 5 * 200
+        raise StopIteration
+
+    monkeypatch.setattr(distributed, "sum_over_processes", end)
+    model = on_the_device("qwen3", torch.bfloat16)
+    master = [p.detach().float() for p in model.parameters()]
+    rows = [bcr.Row(prompt, [7] * 9, torch.zeros(9), np.ones(9)) for prompt in PROMPTS]
+    with pytest.raises(StopIteration), OnTheDevice() as mode:
+        bcr.accumulate_gradient(model, master, rows, 100, bcr.Settings())
+
+
 def test_the_mode_notices():
     """The stand-in of the tests above would let everything pass."""
     x = torch.zeros(3, device="meta")
