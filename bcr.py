@@ -154,7 +154,7 @@ def accumulate_gradient(model, master, rows, constant, s):
     sums = [torch.zeros_like(weight, dtype=dtype) for weight in master]
     stats = []
     batches = distributed.micro_batches(rows, s.micro_tokens)
-    for batch in distributed.my_share(model, batches):
+    for batch in distributed.my_share(batches):
         logprobs = token_logprobs(model, batch, s.temperature)  # (M,)
         sampler_logprobs = torch.cat([row.sampler_logprobs for row in batch]).to(model.device)
         advantages = torch.from_numpy(np.concatenate([row.advantages for row in batch]))

@@ -3,7 +3,6 @@ Several processes. On a CPU `launch` starts one per core; on GPUs torchrun start
 its share of the prompts and learns from its share of the completions. Every draw depends on (seed,
 step, prompt, sample, token) alone, so K processes sample what one process would, and the sum of
 their gradients is its gradient. On a CPU, with one thread per process, this holds to the last bit.
-The rest of the repo calls these functions without knowing K.
 
 Ctrl-C and SIGTERM end a run at once, without saving: a resumed run repeats the steps since the last
 checkpoint exactly, so nothing is lost but their time.
@@ -11,7 +10,6 @@ checkpoint exactly, so nothing is lost but their time.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -25,16 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data.files import UserError, find_model
 from model import Transformer, load_weights
-from rollout import free_memory, generate, rows_that_fit
-
-TIMEOUT = timedelta(days=1)  # the fastest sampler waits for the slowest
+from rollout import generate
 
 # ----------------------------------------------------------------------------------------------
 # Processes
@@ -82,35 +77,29 @@ def launch(program, function, s, most):
     torch.set_num_threads(threads)
     if count == 1:
         return function(s)
-    can_fork = sys.platform == "linux" and hasattr(os, "fork")
-    method = "fork" if can_fork else "spawn"  # a fork need not import again
-    errors = multiprocessing.get_context(method).SimpleQueue()
+    method = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
+    errors = mp.get_context(method).SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as directory:
         store = (Path(directory) / "store").as_uri()
-        run = multiprocessing.start_processes(
-            run_as, (function, s, count, store, errors), count, join=False, start_method=method)
+        given = (function, s, count, store, errors)
+        run = mp.start_processes(run_as, given, count, join=False, daemon=True, start_method=method)
         try:
             while not run.join(grace_period=1):
                 pass
-        except (ProcessExitedException, ProcessRaisedException) as error:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             if not errors.empty():
                 raise UserError(errors.get()) from None
             sys.exit(f"{program}: error: {str(error).strip()}\n"
                      "Saved files are intact. Continue with --resume DIR")
-        finally:
-            for process in run.processes:
-                process.kill()
 
 
 def run_as(number, function, s, count, store, errors):
     """The work of one process. Its parent prints the sentence about an error a user can fix."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count)}
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "BCR_STORE": store}
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=store, rank=number, world_size=count, timeout=TIMEOUT)
     try:
         function(s)
         dist.barrier()
@@ -128,12 +117,13 @@ def start(name):
     if device != "cpu":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     if world_size() > 1 and not dist.is_initialized():
+        url = os.environ.get("BCR_STORE", "env://")
+        store, *_ = next(dist.rendezvous(url, rank(), world_size()))
         # After a restart torchrun's store still has the addresses of the processes that ended.
-        store, *_ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl", store=store, rank=rank(),
-            world_size=world_size(), timeout=TIMEOUT)
+            world_size=world_size(), timeout=timedelta(days=1))  # the fastest wait for the slowest
     return device
 
 
@@ -158,16 +148,21 @@ def say(text):
         sys.stdout.flush()
 
 
-def progress_bar(total, title, done=0):
-    """A progress bar on the terminal of the first process; hidden elsewhere and without a title."""
-    hidden = not title or rank() > 0 or not sys.stderr.isatty()
-    return tqdm(total=total, desc=title, initial=done, leave=False, disable=hidden)
+def progress_bar(total, title, done=0, pause=None):
+    """A progress bar of the first process, on stderr; hidden without a title. Where that is no
+    terminal it appears every `pause` seconds, or (None) not at all."""
+    pause = 0.1 if sys.stderr.isatty() else pause
+    hidden = not title or rank() > 0 or pause is None
+    return tqdm(total=total, desc=title, initial=done, leave=False, disable=hidden, miniters=1,
+                mininterval=pause, delay=pause)
 
 
 def explain(error):
-    """One sentence about an error that the user can fix; None for any other."""
+    """One sentence about an error that the user can fix, or a stop; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped. Continue with --resume DIR"
     # The last two names are of cuBLAS and of the capture of a CUDA graph.
     names = "out of memory|allocate memory|unable to allocate|ALLOC_FAILED|error during capture"
     if isinstance(error, (RuntimeError, MemoryError)) and re.search(names, str(error), re.I):
@@ -178,87 +173,43 @@ def explain(error):
 @contextlib.contextmanager
 def readable_errors(program):
     """Ends the program with one sentence instead of a traceback for errors that the user can fix
-    (status 2), and for Ctrl-C and SIGTERM (status 128 + the signal)."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
+    (status 2), and for Ctrl-C and SIGTERM (status 130)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except KeyboardInterrupt as stop:
-        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        sentence = "stopped. Continue with --resume DIR"
-    except Exception as error:
-        status = 2
+    except (Exception, KeyboardInterrupt) as error:
         sentence = explain(error)
         if sentence is None:
             raise
-    print(f"{program}: error: {sentence}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(status)  # see run_as
-    sys.exit(status)
+        print(f"{program}: error: {sentence}", file=sys.stderr, flush=True)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2
+        if dist.is_initialized():
+            os._exit(status)  # see run_as
+        sys.exit(status)
 
 
 # ----------------------------------------------------------------------------------------------
-# Shares of the work
+# Shares of the work, and of the weights (--shard)
 
 
-def counter(bar, title, total, pause=60):
-    """A function that counts completions: on a progress bar, or in a line every `pause` seconds
-    where there is no terminal."""
-    said = time.time()
-    done = 0
-
-    def count():
-        nonlocal said, done
-        done += 1
-        bar.update()
-        if title and bar.disable and time.time() - said > pause:
-            said = time.time()
-            say(f"{title}: {done} of {total} completions")
-
-    return count
-
-
-def rows_at_a_time(model, prompts, samples, budget, max_rows):
-    """How many completions to sample at a time: on a GPU as many as fit its free memory."""
-    rows = min(max_rows, len(prompts) * samples)
-    if model.device.type != "cuda":
-        return rows
-    length = max(map(len, prompts)) + budget
-    free = free_memory(model.device)
-    fitting = rows_that_fit(model.config, length, budget, model.dtype, free, rows)
-    if fitting < rows:
-        say_once(f"with a budget of {budget} tokens fewer than {rows} completions fit the GPU's "
-                 "memory: as many as fit are sampled at a time")
-    return fitting
-
-
-@functools.cache
-def say_once(text):
-    say(text)
-
-
-def sample(model, prompts, samples, budget, title="", max_rows=256, **options):
+def sample(model, prompts, samples, budget, title="", **options):
     """`rollout.generate` with the prompts divided among the processes: all completions, on each."""
-    mine = range(rank(), len(prompts), world_size())
+    K = world_size()
+    mine = range(rank(), len(prompts), K)
     own = []
-    with full_weights(model) as full, progress_bar(len(mine) * samples, title) as bar:
+    with full_weights(model) as full, progress_bar(len(mine) * samples, title, pause=300) as bar:
         if mine:
-            share = [prompts[p] for p in mine]
-            rows = rows_at_a_time(full, share, samples, budget, max_rows)
-            own = generate(full, share, samples, budget, prompt_keys=mine, max_rows=rows,
-                           on_finished=counter(bar, title, len(share) * samples), **options)
+            own = generate(full, [prompts[p] for p in mine], samples, budget, prompt_keys=mine,
+                           on_finished=bar.update, **options)
     # Arrays are pickled many times as fast as tensors.
-    own = [dataclasses.replace(c, logprobs=c.logprobs.numpy()) for c in own]
-    groups = [None] * len(prompts)
-    for k, part in enumerate(all_gather(own)):
-        groups[k::world_size()] = [part[i : i + samples] for i in range(0, len(part), samples)]
-    return [dataclasses.replace(c, logprobs=torch.from_numpy(c.logprobs))
-            for c in itertools.chain.from_iterable(groups)]
+    parts = all_gather([dataclasses.replace(c, logprobs=c.logprobs.numpy()) for c in own])
+    completions = []
+    for p in range(len(prompts)):
+        start = p // K * samples
+        completions += parts[p % K][start : start + samples]
+    return [dataclasses.replace(c, logprobs=torch.from_numpy(c.logprobs)) for c in completions]
 
 
 def micro_batches(rows, max_tokens):
@@ -274,17 +225,14 @@ def micro_batches(rows, max_tokens):
     return batches
 
 
-def my_share(model, batches):
-    """This process's micro-batches. All shares take about as long. With --shard each pass gathers
-    the layers from all processes, so all make as many: some add one whose gradient is 0."""
-    def tokens(batch):
-        return len(batch[0].prompt) + sum(len(row.tokens) for row in batch)
-
-    batches = sorted(batches, key=tokens, reverse=True)
-    if is_sharded(model):
-        row = batches[-1][0]
-        nothing = dataclasses.replace(row, advantages=0 * row.advantages)
-        batches += [[nothing]] * (-len(batches) % world_size())
+def my_share(batches):
+    """This process's micro-batches. All shares take about as long, and have as many: with --shard
+    each pass gathers the layers from all processes. Some end with one whose gradient is 0."""
+    # The largest first, by tokens with padding: the last row of a batch is its longest.
+    batches = sorted(batches, key=lambda batch: -len(batch) * len(batch[-1].tokens))
+    row = batches[-1][0]
+    nothing = dataclasses.replace(row, advantages=0 * row.advantages)
+    batches += [[nothing]] * (-len(batches) % world_size())
     return batches[rank() :: world_size()]
 
 
@@ -298,10 +246,6 @@ def sum_over_processes(sums):
 def clip_gradient(weights, max_norm):
     """Scales the gradient to a norm of at most `max_norm` (0: any). Returns the norm before."""
     return whole(torch.nn.utils.clip_grad_norm_(weights, max_norm or float("inf"))).item()
-
-
-# ----------------------------------------------------------------------------------------------
-# Sharded weights (--shard)
 
 
 def load_sharded(path, dtype, device):
@@ -321,17 +265,10 @@ def load_sharded(path, dtype, device):
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     fsdp.register_fsdp_forward_method(model, "hidden")  # what `head` needs stays until backward
 
-    def share(tensor):  # each process reads the whole tensor and keeps its part: nothing is sent
-        tensor = tensor.to(device, torch.float32)
-        return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-
-    load_weights(model, path, share)
+    like = next(model.parameters())
+    load_weights(model, path, lambda tensor: share_of(tensor.to(device, torch.float32), like))
     model.compute_dtype = dtype
     return model
-
-
-def is_sharded(model):
-    return hasattr(model, "compute_dtype")
 
 
 def whole(tensor):
@@ -340,7 +277,8 @@ def whole(tensor):
 
 
 def share_of(tensor, like):
-    """The part of a whole tensor that this process keeps, if `like` is sharded. Nothing is sent."""
+    """The part of a whole tensor that this process keeps, if `like` is sharded. All processes have
+    the whole one: nothing is sent."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)
@@ -350,7 +288,7 @@ def share_of(tensor, like):
 def full_weights(model):
     """The whole model on each process while it samples. With --shard this is a copy, gathered once:
     gathering each layer for each token would cost more than computing it."""
-    if not is_sharded(model):
+    if not hasattr(model, "compute_dtype"):  # see load_sharded
         yield model
         return
     with torch.device("meta"):

@@ -165,13 +165,14 @@ class Transformer(nn.Module):
         """Loads a Hugging Face directory. Raises UserError as `Config.from_hf`, `load_weights`."""
         def convert(tensor):
             return tensor.to(device, dtype, copy=True)  # not a view of the mapped file
+
         return load_weights(cls.empty(path), path, convert)
 
     @classmethod
     def empty(cls, path):
         """The model of directory `path` without storage (on the meta device)."""
         config = Config.from_hf(read_json(Path(path) / "config.json"))
-        ends = dict(read_weights(path, (EMBEDDING, HEAD)))
+        ends = dict(read_weights(path, ("model.embed_tokens.weight", "lm_head.weight")))
         if len(ends) == 2 and not torch.equal(*ends.values()):
             config.tie_word_embeddings = False  # whatever config.json says
         with torch.device("meta"):
@@ -200,10 +201,6 @@ def rope_frequencies(config):
     return frequency
 
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-
-
 def load_weights(model, path, convert):
     """Loads directory `path` into a model on the meta device, and returns it. convert(tensor) gives
     a tensor of a file its type and device: memory holds the weights once, plus that tensor. Raises
@@ -211,7 +208,7 @@ def load_weights(model, path, convert):
     state = {}
     for name, tensor in read_weights(path):
         # Tied checkpoints may repeat the embedding as head; Llama 2's have RoPE frequencies.
-        repeated = name == HEAD and model.config.tie_word_embeddings
+        repeated = name == "lm_head.weight" and model.config.tie_word_embeddings
         if not repeated and not name.endswith(".rotary_emb.inv_freq"):
             state[name] = convert(tensor)
     try:

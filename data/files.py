@@ -20,42 +20,29 @@ class UserError(Exception):
 
 
 def read_json(path):
-    """The JSON object in file `path`. Raises UserError if it is missing or not a JSON object."""
+    """The content of a JSON file. Raises UserError if it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file that are not blank, as (number, line) pairs. Raises
-    UserError."""
+    """The lines of a UTF-8 file that are not blank, as (number, line) pairs. Raises UserError."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")  # a byte order mark is allowed
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: expected a JSONL file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
     lines = enumerate(text.split("\n"), start=1)
     return [(number, line) for number, line in lines if line.strip()]
 
 
 def write_text(path, text):
     """Writes a file atomically: a reader sees the old content or the new, never a part of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        flush(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    flush(temporary)
+    temporary.replace(path)
 
 
 def flush(path):
@@ -63,10 +50,8 @@ def flush(path):
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return  # Windows opens no directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_json(path, content):
@@ -79,9 +64,8 @@ def write_lines(path, entries):
 
 
 def find_model(name):
-    """The directory of a model. A name such as Qwen/Qwen3-0.6B that is not a directory is
-    downloaded from the Hugging Face Hub, or taken from its cache. Raises UserError if that
-    fails."""
+    """The directory of a model. A name such as Qwen/Qwen3-0.6B is downloaded from the Hugging Face
+    Hub, or taken from its cache. Raises UserError if that fails."""
     if Path(name).is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return Path(name)
     import huggingface_hub

@@ -8,14 +8,12 @@ last checkpoint. The order of the data and every draw are functions of the setti
 
 import dataclasses
 import hashlib
-import itertools
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import distributed
 from data.chat import copy_tokenizer
@@ -26,44 +24,43 @@ from data.files import REPO, UserError, find_model, flush, read_json, write_json
 
 
 def open_out(s, default):
-    """Makes the directory of a new run with its settings.json, or checks that of the run to resume.
+    """Makes the directory of a new run, or checks that of the run to resume; writes settings.json.
 
     A directory must be new: making it is what keeps two runs apart. Raises UserError for one that
-    exists, and if contents have changed; --accept-changes continues and records both digests."""
-    settings = saved_form(s) | {"sha256": fingerprints(s), "accepted_changes": []}
+    exists, and if contents have changed; --accept-changes continues and keeps all digests."""
+    digests = fingerprints(s)
     if s.resume:
         out = Path(s.resume)
-        saved = read_json(out / "settings.json")
-        pairs = {role: [saved["sha256"].get(role), new] for role, new in settings["sha256"].items()}
-        changed = {role: pair for role, pair in pairs.items() if pair[0] != pair[1]}
+        history = read_json(out / "settings.json")["sha256"]
+        changed = [role for role in digests if digests[role] != history[-1].get(role)]
         if changed and not s.accept_changes:
             raise UserError(f"--resume: the contents of {' and '.join(changed)} have changed since "
                             "the run began: restore them, or continue with --accept-changes")
-        settings["accepted_changes"] = saved["accepted_changes"]
         if changed:
-            settings["accepted_changes"].append(changed)
-        write_json(out / "settings.json", settings)
-        return out
-    for name in [s.out] if s.out else (f"{default}-{k}" for k in itertools.count(1)):
-        try:
-            Path(name).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the directory --out {name}: {error.strerror}") from None
-        write_json(Path(name) / "settings.json", settings)
-        return Path(name)
-    raise UserError(f"--out {s.out} is in use: name a new directory, or continue the run in it "
-                    f"with --resume {s.out}")
+            history.append(digests)
+    else:
+        out = make_directory(s.out, default)
+        history = [digests]
+    settings = dataclasses.asdict(s) | {"resume": "", "accept_changes": False, "sha256": history}
+    for name, value in settings.items():
+        if isinstance(value, str):  # a path within the repo, so that a checkout can move
+            settings[name] = value.replace(f"{REPO}{os.sep}", "")
+    write_json(out / "settings.json", settings)
+    return out
 
 
-def saved_form(s):
-    """Settings as in settings.json. Files of this repo are saved by their path within it, so that a
-    checkout can move."""
-    settings = json.loads(json.dumps(dataclasses.asdict(s)))  # tuples as lists
-    del settings["resume"], settings["accept_changes"]
-    return {name: value.replace(f"{REPO}{os.sep}", "") if isinstance(value, str) else value
-            for name, value in settings.items()}
+def make_directory(name, default):
+    """A new directory: `name`, or without it the next free of default-1, default-2, ..."""
+    k = 1
+    while not name and Path(f"{default}-{k}").exists():
+        k += 1
+    out = Path(name or f"{default}-{k}")
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out} is in use or cannot be made ({error.strerror}): name a new "
+                        f"directory, or continue the run in it with --resume {out}") from None
+    return out
 
 
 def read_settings(settings_class, out):
@@ -74,17 +71,17 @@ def read_settings(settings_class, out):
     saved = read_json(path)
     values = {}
     for field in dataclasses.fields(settings_class):
-        if field.name in ("resume", "accept_changes"):
-            continue
         if field.name not in saved:
             raise UserError(f"{path} is of another program or version: it has no {field.name}")
-        value = saved[field.name]
-        if field.type is tuple:
-            value = tuple(value)
-        elif field.type is str:
-            value = ",".join(map(find_path, value.split(",")))
-        values[field.name] = value
+        values[field.name] = field.type(saved[field.name])  # a tuple is saved as a list
+        if field.type is str:
+            values[field.name] = ",".join(map(find_path, saved[field.name].split(",")))
     return settings_class(**values)
+
+
+def find_path(name):
+    """The path of a file that is saved by its path within the repo."""
+    return name if Path(name).exists() or not (REPO / name).exists() else str(REPO / name)
 
 
 def resume_restarted(s):
@@ -95,13 +92,8 @@ def resume_restarted(s):
     return s
 
 
-def find_path(name):
-    """The path of a file that `saved_form` has written."""
-    return name if Path(name).exists() or not (REPO / name).exists() else str(REPO / name)
-
-
 def fingerprints(s):
-    """{role: sha256} of the files that a run depends on: model, problems and reward."""
+    """{role: sha256 of each file} of what a run depends on: model, problems and reward."""
     model = find_model(s.model)
     files = {
         "the weights": sorted(model.glob("model*.safetensors*")),
@@ -111,18 +103,15 @@ def fingerprints(s):
     for name in ("data", "eval_data", "solve", "reward"):
         if getattr(s, name, ""):
             files["--" + name.replace("_", "-")] = map(Path, getattr(s, name).split(","))
-    return {role: sha256(paths) for role, paths in files.items()}
+    digests = {}
+    for role, paths in files.items():
+        digests[role] = [sha256(path) for path in paths if path.is_file()]
+    return digests
 
 
-def sha256(paths):
-    """The digest of the contents of files, one after the other. A missing file is an empty one."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -136,24 +125,20 @@ def checkpoints(out):
 
 def save_checkpoint(out, step, metrics, model, master, optimizer, tokenizer):
     """Writes what the steps after `step` depend on: float32 weights, AdamW's state and the metrics
-    so far. (The order of the data and every draw are functions of the settings and the step.)
+    so far. It is written under another name, flushed and renamed, then all but the last two are
+    removed: at any moment the last `checkpoint-*` is complete. Any number of processes can resume.
 
-    With config.json and the files of the tokenizer, copied from the directory `tokenizer`, a
-    checkpoint is also a Hugging Face model. It is written under another name, flushed and renamed,
-    then all but the last two are removed: at any moment the last `checkpoint-*` is complete. Any
-    number of processes can resume from it."""
+    With config.json and the files in the directory `tokenizer` it is also a Hugging Face model."""
     temporary = out / "checkpoint.tmp"
-    weights = {}
+    weights = {name: weight for (name, _), weight in zip(model.named_parameters(), master)}
     state = {}
-    for (name, _), weight in zip(model.named_parameters(), master):
-        weights[name] = weight.detach()
+    for name, weight in weights.items():
         for key, tensor in optimizer.state[weight].items():
             state[f"{key}.{name}"] = tensor
     if distributed.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    write_tensors(temporary / "model.safetensors", weights)
-    write_tensors(temporary / "adamw.safetensors", state)
+        temporary.mkdir(exist_ok=True)
+    save_tensors(temporary / "model.safetensors", weights)
+    save_tensors(temporary / "adamw.safetensors", state)
     if distributed.rank() > 0:
         return
     copy_tokenizer(tokenizer, temporary)
@@ -167,27 +152,16 @@ def save_checkpoint(out, step, metrics, model, master, optimizer, tokenizer):
         shutil.rmtree(old)
 
 
-def write_tensors(path, tensors):
-    """Writes {name: float32 tensor} as a safetensors file. Shares are gathered and written one
-    tensor at a time, so that memory holds one of them twice. All processes call this together.
-
-    Source: the format in the README of github.com/huggingface/safetensors."""
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
+def save_tensors(path, tensors):
+    """Writes {name: tensor} as a safetensors file. Shares are gathered one by one, in the memory of
+    the first process's host. All processes call this together."""
+    gathered = {}
     for name, tensor in tensors.items():
-        start = end
-        end += 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    first = distributed.rank() == 0
-    with open(path if first else os.devnull, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            value = distributed.whole(tensor)
-            if first:
-                file.write(value.flatten().cpu().numpy().data)
-            del value  # before the next one is gathered
+        value = distributed.whole(tensor.detach())
+        if distributed.rank() == 0:
+            gathered[name] = value.cpu()
+    if distributed.rank() == 0:
+        save_file(gathered, path, {"format": "pt"})
 
 
 @torch.no_grad()
@@ -197,16 +171,13 @@ def load_checkpoint(out, model, master, optimizer):
         return 0, []
     path = checkpoints(out)[-1]
     weights = {name: weight for (name, _), weight in zip(model.named_parameters(), master)}
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        for name, weight in weights.items():
-            weight.copy_(distributed.share_of(file.get_tensor(name), weight))
-    with safe_open(path / "adamw.safetensors", framework="pt") as file:
-        for key in file.keys():
-            kind, name = key.split(".", 1)
-            weight = weights[name]
-            tensor = file.get_tensor(key).clone()  # not a view of the mapped file
-            if tensor.dim():  # AdamW's step is one number, which all processes have
-                tensor = distributed.share_of(tensor, weight)
-            optimizer.state[weight][kind] = tensor
+    for name, tensor in load_file(path / "model.safetensors").items():
+        weights[name].copy_(distributed.share_of(tensor, weights[name]))
+    for key, tensor in load_file(path / "adamw.safetensors").items():
+        kind, name = key.split(".", 1)
+        tensor = tensor.clone()  # not a view of the mapped file
+        if tensor.dim():  # AdamW's step is one number, which all processes have
+            tensor = distributed.share_of(tensor, weights[name])
+        optimizer.state[weights[name]][kind] = tensor
     state = read_json(path / "state.json")
     return state["step"], state["metrics"]

@@ -29,19 +29,17 @@ def parse_flags(settings_class, description, argv=None):
     """The command line as an instance of a settings class. With --resume DIR the settings are those
     of the run in DIR, and only the flags in ANEW may be given. Raises UserError for other use."""
     given = vars(make_parser(settings_class, description).parse_args(argv))
-    for field in dataclasses.fields(settings_class):
-        value = given.get(field.name)
-        least = field.metadata["least"]
-        if field.type in (int, float) and value is not None and not least <= value < math.inf:
-            raise UserError(f"{flag_name(field.name)} should be a finite number of at least "
-                            f"{least}, not {value}")
-    if "resume" not in given:
-        return settings_class(**{"date": str(datetime.date.today())} | given)
-    for name in given:
-        if name not in ("resume", "accept_changes", *ANEW):
+    least = {field.name: field.metadata["least"] for field in dataclasses.fields(settings_class)}
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not least[name] <= value < math.inf:
+            raise UserError(f"{flag_name(name)} should be a finite number of at least "
+                            f"{least[name]}, not {value}")
+        if "resume" in given and name not in ("resume", "accept_changes", *ANEW):
             raise UserError(f"{flag_name(name)} cannot be given with --resume: a run keeps the "
                             "settings that it began with")
-    return dataclasses.replace(read_settings(settings_class, given["resume"]), **given)
+    if "resume" in given:
+        return dataclasses.replace(read_settings(settings_class, given["resume"]), **given)
+    return settings_class(**{"date": str(datetime.date.today())} | given)
 
 
 def make_parser(settings_class, description):

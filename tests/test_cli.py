@@ -163,8 +163,8 @@ def test_changed_contents_are_refused_by_name_or_accepted_and_recorded(tmp_path,
     (tmp_path / "mine.py").write_text("from reward import score  # corrected\n")
     assert status_of(bcr.main, "--resume", out, "--accept-changes", "--steps", 2) == 0
     saved = json.loads((out / "settings.json").read_text())
-    (before, after), = [change["--reward"] for change in saved["accepted_changes"]]
-    assert before != after == saved["sha256"]["--reward"] and len(metrics_of(out)) == 2
+    before, after = [digests["--reward"] for digests in saved["sha256"]]
+    assert before != after and len(metrics_of(out)) == 2
     assert status_of(bcr.main, "--resume", out) == 0
     assert "\n==== step 1: one group\n" in (out / "samples/step-000002.txt").read_text()
 

@@ -6,7 +6,6 @@ import torch
 
 import rollout
 from conftest import random_model
-from data.files import UserError
 from rollout import LENGTH_MULTIPLE, LOOK_EVERY, generate, uniforms
 
 PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
@@ -132,12 +131,6 @@ def test_random_numbers_are_a_function_of_their_place():
     values = np.concatenate([uniforms(*place, 100) for place in places])
     assert len(set(values)) == 100 * len(places)
     assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.05
-
-
-def test_a_budget_beyond_the_models_positions_is_refused():
-    """Positions that the model was not trained on are used without an error."""
-    with pytest.raises(UserError, match="256 positions"):
-        generate(random_model(), PROMPTS, 1, 250, eos_ids=EOS)
 
 
 def test_rows_that_ended_between_two_looks_leave_no_trace(monkeypatch):

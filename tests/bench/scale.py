@@ -274,14 +274,14 @@ def memory(config, s, card, prompt=PROMPT):
         weights = sum(p.numel() for p in Transformer(config).parameters())
     start = {"weights, bfloat16": 2 * weights, "master weights": 4 * weights}
     held = start | {"AdamW": 8 * weights}
-    per_token = rollout.row_bytes(config, 1, 0, torch.bfloat16) - rollout.row_bytes(
-        config, 0, 0, torch.bfloat16)
+    # keys and values in bfloat16
+    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
     def sampling(held, budget):
         length = prompt + budget
         free = card - CONTEXT - sum(held.values())
-        rows = rollout.rows_that_fit(config, length, budget, torch.bfloat16, free, s.rows)
-        row = rollout.row_bytes(config, length, budget, torch.bfloat16)
+        rows = rollout.rows_that_fit(config, length, torch.bfloat16, free, s.rows)
+        row = rollout.row_bytes(config, length, torch.bfloat16)
         graphs = length / rollout.LENGTH_MULTIPLE["cuda"] + rows / 32  # pairs of sizes on the way
         return rows, held | {
             "keys and values": rows * length * per_token,

@@ -91,7 +91,7 @@ def full_batch(model, prompt, sequences, s):
 def decode_step(model, n, context):
     """step(n, filled) computes a token of n rows with `context` tokens. No row is alive, so none
     moves: the step can be repeated."""
-    slots = rollout.Slots(model, n, 8, context)
+    slots = rollout.Slots(model, n, context)
     eos = torch.tensor([-1], device=model.device)
     slots.position += context - 1
     return torch.inference_mode()(
@@ -314,9 +314,9 @@ def complete_step(model, master, optimizer, prompts, eos, s):
     completions brings training to its peak of memory."""
     free = []
     begin = time.perf_counter()
-    max_rows = distributed.rows_at_a_time(model, prompts, 8, s.budget, 256)
+    max_rows = rollout.rows_at_a_time(model, len(prompts[0]) + s.budget, min(256, 8 * len(prompts)))
     completions = rollout.generate(  # free memory is least while the graphs exist
-        model, prompts, 8, s.budget, eos_ids=eos, max_rows=max_rows,
+        model, prompts, 8, s.budget, eos_ids=eos,
         on_finished=lambda: free.append(free_memory()))
     middle = time.perf_counter()
     rows = full_batch(model, prompts[0], 8, s)
