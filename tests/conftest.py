@@ -21,6 +21,7 @@ TINY = REPO / "data/tiny"
 # shares.
 QUICK = ["--n", 4, "--budget", 120, "--steps", 5, "--groups", 5, "--samples", 4, "--eval-n", "1,4",
          "--eval-problems", 9, "--save-every", 2]
+PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 
 
 def pytest_collection_modifyitems(items):
@@ -87,6 +88,10 @@ def status_of(main, *arguments):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
 
 
 def lines_of(path):
