@@ -13,14 +13,13 @@ from data.chat import decode, encode_chat, fitting_problems, load_chat
 from data.files import UserError, find_model
 from data.problems import batch_prompt
 
-MESSAGE = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 3/4 - 1/4?"}])
-
 
 def test_prompts_equal_those_of_transformers(shipped):
     """Prompts are rendered or tokenized in another way than in the engines that serve the model."""
+    message = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 3/4 - 1/4?"}])
     theirs = AutoTokenizer.from_pretrained(TINY / "model").apply_chat_template(
-        [{"role": "user", "content": MESSAGE}], add_generation_prompt=True, return_dict=False)
-    assert encode_chat(shipped[1], MESSAGE) == theirs
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
+    assert encode_chat(shipped[1], message) == theirs
 
 
 def chat_directory(path, template=None, in_config=None, eos=0, more_eos=None, eos_token="<|end|>"):
@@ -60,9 +59,7 @@ def test_the_date_of_a_template_is_that_of_the_run(tmp_path):
     path = chat_directory(tmp_path, template="{{ strftime_now('%d %B %Y') }}")
     chat = load_chat(path, datetime.datetime(2024, 7, 26))
     assert decode(chat, [encode_chat(chat, "17")]) == ["26 July 2024"]
-    today = f"{datetime.date.today():%d %B %Y}"
-    chat = load_chat(path)
-    assert decode(chat, [encode_chat(chat, "17")]) == [today]
+    assert rendered(path, template="{{ strftime_now('%Y') }}") == f"{datetime.date.today():%Y}"
 
 
 def test_eos_ids_are_the_union_of_three_files(tmp_path):
@@ -76,32 +73,30 @@ def test_eos_ids_are_the_union_of_three_files(tmp_path):
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{% if %}",
-    "{{ raise_exception('no') }}", "{{ undefined_function() }}", "{% include '/etc/passwd' %}"])
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no') }}", "{% if %}"])
 def test_a_bad_template_is_one_sentence(tmp_path, template):
     """Code in a downloaded template runs outside the sandbox, or its errors are a traceback."""
     with pytest.raises(UserError, match="^the chat template in [^\n]*$"):
         rendered(tmp_path, template=template)
 
 
-def test_what_does_not_fit_is_found_before_anything_is_sampled(shipped):
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_what_does_not_fit_is_found_before_anything_is_sampled(shipped, n):
     """A run ends in the middle at one long prompt, or leaves out problems that fit. Prompts of any
     N that are kept fit, and one position less would be too few."""
-    model, chat = shipped
+    chat = shipped[1]
     problems = [{"problem": "1 + " * i + "1", "where": f"line {i}"} for i in range(50)][::-1]
-    for n in (1, 2, 7):
-        longest = len(encode_chat(chat, batch_prompt(problems[10 : 10 + n])))  # 39, 38, ... terms
-        sizes = [(1, 100), (n, 100)]
-        kept = fitting_problems(chat, problems, sizes, longest + 100, skip_long=True)
-        assert kept == problems[10:]
-        assert fitting_problems(chat, kept, sizes, longest + 100, skip_long=False) == kept
-        with pytest.raises(UserError, match="^line 39: .* budget of 100 and .* --skip-long$"):
-            fitting_problems(chat, kept, sizes, longest + 99, skip_long=False)
+    longest = len(encode_chat(chat, batch_prompt(problems[10 : 10 + n])))  # 39, 38, ... terms
+    sizes = [(1, 100), (n, 100)]
+    kept = fitting_problems(chat, problems, sizes, longest + 100, skip_long=True)
+    assert kept == problems[10:]
+    with pytest.raises(UserError, match="^line 39: .* budget of 100 and .* --skip-long$"):
+        fitting_problems(chat, kept, sizes, longest + 99, skip_long=False)
 
 
 def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch):
     """--model owner/name ignores the cache of huggingface_hub, whose layout this is; or a model
-    that is neither there nor on the Hub, or a path that is no model, raises a traceback."""
+    that is neither there nor on the Hub raises a traceback."""
     cached = tmp_path / "models--bcr--tiny"
     snapshot = shutil.copytree(TINY / "model", cached / "snapshots" / ("0123456789" * 4))
     (cached / "refs").mkdir()
@@ -109,7 +104,5 @@ def test_a_model_comes_from_the_hub_once_it_was_downloaded(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert find_model("bcr/tiny") == snapshot
-    with pytest.raises(UserError, match="^[^\n]*no usable tokenizer.json[^\n]*--model[^\n]*$"):
-        load_chat(tmp_path)
     with pytest.raises(UserError, match="^--model nobody/nothing is not a directory[^\n]*$"):
         find_model("nobody/nothing")
