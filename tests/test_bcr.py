@@ -16,9 +16,6 @@ from data.runs import checkpoints
 from distributed import micro_batches
 from rollout import Completion
 
-# ----------------------------------------------------------------------------------------------
-# Advantages
-
 
 def test_groups_of_equal_rewards_are_exactly_zero_and_others_can_be_normalized():
     """Rounding, in the mean of thirds or in sums of another order, is trained on, and
@@ -30,10 +27,6 @@ def test_groups_of_equal_rewards_are_exactly_zero_and_others_can_be_normalized()
     scaled = group_advantages(rewards, normalize_std=True)
     assert not plain[:2].any() and not scaled[:2].any()
     assert scaled[2].std() == pytest.approx(1, abs=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------
-# Loss and gradient
 
 
 def test_the_loss_is_the_clipped_objective():
@@ -142,10 +135,6 @@ def test_weight_decay_is_for_matrices():
     assert weights[0].max() < 1 and torch.equal(weights[1].detach(), torch.ones(2))
 
 
-# ----------------------------------------------------------------------------------------------
-# The training loop
-
-
 def train(out, **changes):
     """Trains the shipped model for a few small steps. Returns the metrics."""
     small = dict(n=(2,), budget=(60,), steps=1, groups=2, samples=4, eval_n=(1,), eval_problems=1,
@@ -186,10 +175,6 @@ def test_steps_that_are_not_finite_are_skipped_and_three_end_the_run(tmp_path, m
     assert [m["skipped"] for m in metrics_of(out)] == [False, True, True, True]
     assert "NaN" not in (out / "metrics.jsonl").read_text()  # JSON has none
     assert not (out / "model").exists()
-
-
-# ----------------------------------------------------------------------------------------------
-# Reports
 
 
 def test_the_shown_group_is_the_first_that_is_learned_from(tmp_path):

@@ -84,29 +84,26 @@ def test_logits_that_are_not_finite_are_no_error():
     assert generate(model, PROMPTS[:1], 1, 5, eos_ids=EOS)[0].truncated
 
 
-def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
+@pytest.mark.parametrize("rows", [3, 64])
+def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch, rows):
     """Work is wasted. Each prompt goes through the model once for all its samples, also if they are
     sampled in several waves, and a row costs one token per step until it ends. Each end is reported
     once."""
     model = random_model()
-    prefilled, decoded, ended = [], [], []
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]  # one token alone needs no prefill
+    prefilled, decoded, ended = [], [], []
     original = model.hidden
 
     def counting(tokens, rotation=None, attention=None):
-        (prefilled if rotation is None else decoded).append(tokens.shape[0])
+        (prefilled if rotation is None else decoded).append(len(tokens))
         return original(tokens, rotation, attention)
 
     monkeypatch.setattr(model, "hidden", counting)
     monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)
-    for rows in (3, 64):
-        for counts in (prefilled, decoded, ended):
-            counts.clear()
-        completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
-                               on_finished=lambda: ended.append(1))
-        assert sum(prefilled) == len(prompts) and sum(ended) == len(completions)
-        assert sum(decoded) == sum(len(c.tokens) for c in completions)
-        assert max(decoded) <= rows
+    completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
+                           on_finished=lambda: ended.append(1))
+    assert sum(prefilled) == len(prompts) and len(ended) == len(completions)
+    assert sum(decoded) == sum(len(c.tokens) for c in completions) and max(decoded) <= rows
 
 
 def test_random_numbers_are_a_function_of_their_place():

@@ -1,5 +1,5 @@
 """Several processes, started by bcr.py itself or by torchrun over gloo, do what one does; and runs
-that are killed or stopped end with the same bytes."""
+that are killed or stopped end with the same bytes (see also test_idea.py)."""
 
 import os
 import random
@@ -37,18 +37,6 @@ def kill_one(process, line):
     os.kill(children_of(process)[-1], signal.SIGKILL)
 
 
-def test_every_number_of_processes_writes_the_same_bytes(finished, tmp_path):
-    """Results depend on how many cores a laptop has: rounding differs with the rows next to a row,
-    or sums of gradients depend on their order. Five prompts do not divide by 4."""
-    process = start("bcr.py", *QUICK, "--processes", 4, "--out", tmp_path / "out")
-    wait_for("step 1/5", process)
-    assert len(children_of(process)) == 4
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0 and stderr == ""
-    assert stdout.count("step 5/5") == 1  # one process prints
-    assert outcome(tmp_path / "out") == outcome(finished[0])
-
-
 def test_several_processes_evaluate_as_one_does(tmp_path):
     """evaluate.py divides the prompts and mixes up the completions."""
     found = []
@@ -56,7 +44,7 @@ def test_several_processes_evaluate_as_one_does(tmp_path):
         out = tmp_path / str(processes)
         process = start("evaluate.py", "--n", "1,4", "--problems", 9, "--samples", 2,
                         "--processes", processes, "--out", out)
-        assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+        assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
         found.append({path.name: path.read_bytes() for path in out.glob("evaluation/*")})
     assert found[0] == found[1] and len(found[0]) == 2
 
@@ -82,10 +70,6 @@ def test_sharded_processes_do_what_one_does_and_any_number_resumes(finished, tmp
         assert m["reward"] == n["reward"] and m["tokens_per_problem"] == n["tokens_per_problem"]
         assert m["grad_norm"] == pytest.approx(n["grad_norm"], rel=1e-4)
     assert figures_of(out) == figures_of(finished[0])
-
-
-# ----------------------------------------------------------------------------------------------
-# Processes that end
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_was_not(finished, tmp_path):
@@ -131,7 +115,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, processes, number):
                     start_new_session=True)
     wait_for("step 1/5", process)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "--resume" in stderr and stderr.count("\n") == 1
 
@@ -165,4 +149,5 @@ def test_torchrun_restarts_a_run_of_which_one_process_died(finished, tmp_path):
     kill_one(process, "step 3/5")
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0 and "resuming from step 2" in stdout, stderr
+    assert stdout.count("step 5/5") == 1  # one process prints
     assert outcome(tmp_path / "out") == outcome(finished[0])
