@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data.chat import load_chat
 from model import Config, Transformer
@@ -60,8 +61,10 @@ def smollm2():
         pytest.skip(f"no real chat model: {reason}")
 
 
-# ----------------------------------------------------------------------------------------------
-# Commands
+def prompt_of_transformers(path, message):
+    """The token ids of a user message."""
+    return AutoTokenizer.from_pretrained(path).apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
 
 
 def start(program, *arguments, **options):

@@ -1,34 +1,69 @@
 """The tokenizer side of a model: templates, token ids, problems that fit, and the Hub's cache."""
 
 import datetime
-import json
 import shutil
 
 import huggingface_hub
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
-from conftest import TINY
+from conftest import TINY, prompt_of_transformers
 from data.chat import decode, encode_chat, fitting_problems, load_chat
-from data.files import UserError, find_model
+from data.files import UserError, find_model, read_json, write_json
 from data.problems import batch_prompt
 
+TEMPLATES = {
+    "loopcontrols":
+        "{% for m in messages[::-1] %}{% if m.role == 'system' %}{% continue %}{% endif %}"
+        "{{ m.content }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
+    "generation":
+        "{% for m in messages %}{{ m.content }}{% generation %}{{ m.role }}<|end|>"
+        "{% endgeneration %}{% endfor %}{%- generation -%} said {% endgeneration %}",
+    "tojson":
+        "{{ messages | tojson }} {{ '<é&\\'\"你>' | tojson }} {{ messages | tojson(indent=2) }}"
+        "{{ {'b': '<é>', 'a': [1, none, true, 0.5]} | tojson(sort_keys=true, ensure_ascii=true) }}",
+    "undefined names":
+        "{% if tools is not none %}{{ tools | tojson }}{% endif %}{% if documents is not none %}"
+        "{{ documents | length }}{% endif %}{% if tools is defined %}tools{% endif %}"
+        "{{ bos_token }}|{% if unk_token is defined %}unk{% endif %}|"
+        "{% if add_bos_token is defined %}add{% endif %}|"
+        "{% if enable_thinking is defined %}think{% endif %}|{{ eos_token }}",
+    "spaces and lines":
+        "  {% for m in messages %}  \n    {%- if true %}\n  a  {{- m.content }}\n   {% endif %}\n "
+        "{#- no -#}\n{% endfor %}\n\n{{ '  x  ' | trim }}\n"}
 
-def test_prompts_equal_those_of_transformers(shipped):
-    """Prompts are rendered or tokenized in another way than in the engines that serve the model."""
-    message = batch_prompt([{"problem": "What is 1 + 2?"}, {"problem": "What is 3/4 - 1/4?"}])
-    theirs = AutoTokenizer.from_pretrained(TINY / "model").apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
-    assert encode_chat(shipped[1], message) == theirs
+
+@pytest.mark.parametrize("name", ["shipped", *TEMPLATES])
+def test_prompts_equal_those_of_transformers(tmp_path, name):
+    """Prompts are rendered or tokenized in another way than in the engines that serve the model;
+    special tokens that transformers 4 writes as objects appear as their Python text; or a tokenizer
+    that was saved with truncation and padding on cuts or pads."""
+    path = shutil.copytree(TINY / "model", tmp_path / "model")
+    if name != "shipped":
+        begin = {"__type": "AddedToken", "content": "<|end|>", "lstrip": False, "normalized": True,
+                 "rstrip": False, "single_word": False}
+        # add_bos_token is true in DeepSeek's files, unk_token is null in Qwen's.
+        settings = {"bos_token": begin, "add_bos_token": True, "unk_token": None}
+        config = read_json(path / "tokenizer_config.json")
+        write_json(path / "tokenizer_config.json", config | settings)
+        (path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.enable_truncation(16)
+        tokenizer.enable_padding(length=16)
+        tokenizer.save(str(path / "tokenizer.json"))
+    message = "  What is <b> & 'é' in \"你好\"?\n\nA. one a.\n"
+    ids = encode_chat(load_chat(path), message)
+    assert len(ids) > 16 and ids == prompt_of_transformers(path, message)
 
 
 def chat_directory(path, template=None, in_config=None, eos=0, more_eos=None, eos_token="<|end|>"):
     """A copy of the shipped tokenizer with other files around it."""
     shutil.copy(TINY / "model/tokenizer.json", path)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": more_eos}))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": eos_token, "chat_template": in_config}))
+    write_json(path / "config.json", {"eos_token_id": eos})
+    write_json(path / "generation_config.json", {"eos_token_id": more_eos})
+    settings = {"eos_token": eos_token, "chat_template": in_config}
+    write_json(path / "tokenizer_config.json", settings)
     if template:
         (path / "chat_template.jinja").write_text(template)
     return path
@@ -40,18 +75,16 @@ def rendered(path, **files):
 
 
 def test_the_template_is_found_in_each_of_its_places(tmp_path):
-    """A template is missed, and the model gets prompts in a form that it was not trained on. The
-    tag {% generation %} of training templates is text; a special token is the template's to write;
-    named templates without a default were sent as plain text (llama.cpp#6484)."""
-    text = "{{ messages[0].content }}{% generation %} A {%- endgeneration %} {{ eos_token }}"
+    """A template is missed, and the model gets prompts in a form that it was not trained on; named
+    templates without a default were sent as plain text (llama.cpp#6484)."""
+    text = "{{ messages[0].content }} A {{ eos_token }}"
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
-    for place in ({"template": text}, {"in_config": text}, {"in_config": named},
-                  {"template": text, "in_config": "not this one"}):
-        assert rendered(tmp_path, **place) == "17 A <|end|>"
-        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     assert rendered(tmp_path) == "17\n\n"
+    for template in (text, named):
+        assert rendered(tmp_path, in_config=template) == "17 A <|end|>"
     with pytest.raises(UserError, match="none is called default"):
         rendered(tmp_path, in_config=named[:1])
+    assert rendered(tmp_path, template=text, in_config="not this one") == "17 A <|end|>"
 
 
 def test_the_date_of_a_template_is_that_of_the_run(tmp_path):

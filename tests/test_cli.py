@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bcr
@@ -71,19 +70,6 @@ def test_a_used_out_is_never_touched(finished, capsys):
     assert status_of(bcr.main, "--resume", out, "--n", 2) == 2
     assert "--n cannot be given with --resume" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def test_the_machine_does_not_decide_the_result(finished, tmp_path):
-    """Fewer rows at a time, smaller micro-batches or checkpointing sample other completions or
-    reach other weights, up to the rounding of sums in another order."""
-    assert status_of(bcr.main, *QUICK, "--rows", 5, "--micro-tokens", 700, "--checkpointing",
-                     "--out", tmp_path / "out") == 0
-    ours, theirs = (load_file(out / "model/model.safetensors")
-                    for out in (tmp_path / "out", finished[0]))
-    for name in ours:  # five steps of 1e-4
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
-    for a, b in zip(metrics_of(tmp_path / "out"), metrics_of(finished[0]), strict=True):
-        assert a["tokens_per_problem"] == b["tokens_per_problem"] and a["reward"] == b["reward"]
 
 
 HIDE = """

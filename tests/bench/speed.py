@@ -15,6 +15,7 @@ GPU is in tests/slow/cuda_report.py.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -182,13 +183,12 @@ def memory(spec):
 
 
 def kilobytes(field):
-    """A number of /proc/self/status."""
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status[field].split()[0])
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
 # ----------------------------------------------------------------------------------------------
-# The process of a run
+# Runs, and their comparison
 
 
 def work():
@@ -229,10 +229,6 @@ def measure(spec, threads):
         return {"missing": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
 
 
-# ----------------------------------------------------------------------------------------------
-# The comparison
-
-
 def rows_of(o):
     """{row: (title, the key that is compared, contenders)}. The first contender is ours."""
     from data.chat import encode_chat, load_chat
@@ -271,16 +267,13 @@ def table(title, key, results):
         if missing:
             lines.append(f"  {name:16} {missing[0]}")
             continue
-        cells = []
-        for field in runs[0]:
-            values = [run[field] for run in runs]
-            cells.append(f"{field} {statistics.median(values):,.2f}")
-            if field == key:
-                cells[-1] += f" ({min(values):,.2f} to {max(values):,.2f})"
+        values = [run[key] for run in runs]
+        line = (f"  {name:16} {key} {statistics.median(values):,.2f} ({min(values):,.2f} to "
+                f"{max(values):,.2f})")
         if runs is not ours and "missing" not in ours[0]:
             ratio = statistics.median(a[key] / b[key] for a, b in zip(ours, runs))
-            cells.append(f"ratio {ratio if key == 'tokens/s' else 1 / ratio:.2f}")
-        lines.append(f"  {name:16} {', '.join(cells)}")
+            line += f", ratio {ratio if key == 'tokens/s' else 1 / ratio:.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 

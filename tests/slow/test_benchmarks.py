@@ -35,61 +35,42 @@ def groups(request):
     return [[problems[i] for i in group] for group in indices[:700]]
 
 
-def golds_of(groups):
-    return [[problem["answer"] for problem in group] for group in groups]
-
-
 def answered(answers):
     return "\n\n".join(answer_section(i, WORK, a) for i, a in enumerate(answers, start=1))
 
 
-def encode(chat, text):
-    return chat.tokenizer.encode(text, add_special_tokens=False).ids
+def through_tokens(chat, texts, cut=None):
+    """The texts as a rollout gives them: tokens, then EOS, decoded."""
+    rows = chat.tokenizer.encode_batch(texts, add_special_tokens=False)
+    return decode(chat, [row.ids[:cut] + chat.eos_ids[:1] for row in rows])
 
 
-def check(chat, texts, golds):
-    """Marks (P, N) of the texts as a rollout gives them: tokens, then EOS, decoded."""
-    texts = decode(chat, [encode(chat, text) + chat.eos_ids[:1] for text in texts])
-    return np.array([score(text, group) for text, group in zip(texts, golds)])
+def test_right_answers_earn_all_and_others_nothing(chat, groups):
+    """A problem does not reach the model as it is written; a right answer earns nothing, or a try
+    while thinking overrides it; a right number under the wrong problem counts, or the cut has no
+    effect (\\boxed{12 of \\boxed{123}) or takes away what precedes it."""
+    golds = [[problem["answer"] for problem in group] for group in groups]
 
+    def check(texts):
+        return np.array([score(text, group) for text, group in zip(texts, golds)])  # (P, N)
 
-def test_prompts_hold_the_problems_and_earn_nothing(chat, groups):
-    """A problem does not reach the model as it is written, or repeating the prompt earns
-    something."""
-    for group in groups:
-        prompt = encode_chat(chat, batch_prompt(group))
-        text = chat.tokenizer.decode(prompt, skip_special_tokens=False)
-        for i, problem in enumerate(group, start=1):
-            assert f"\nProblem {i}: {problem['problem']}" in text
-        assert len(prompt) < 8192 and not any(score(text, golds_of([group])[0]))
+    prompts = [batch_prompt(group) for group in groups]
+    for prompt in prompts:
+        ids = encode_chat(chat, prompt)
+        assert prompt in chat.tokenizer.decode(ids) and len(ids) < 8192
+    assert not check(prompts).any()
 
-
-def test_right_answers_earn_all_also_after_thinking(chat, groups):
-    """A right answer earns nothing: results are too low, and training pushes the wrong way; or what
-    a model tries while thinking overrides its answer."""
-    golds = golds_of(groups)
+    right = [answered(group) for group in golds]
     wrong = answered(["-98765.4321"] * len(golds[0]))
     for before in ("", f"<think>\n{wrong}\n\nWait, no.\n</think>\n\n", f"Hmm. {wrong}</think>\n\n"):
-        assert check(chat, [before + answered(group) for group in golds], golds).all()
-    texts = [f"<think>\n{answered(group)}\n</think>\n\n{wrong}" for group in golds]
-    assert not check(chat, texts, golds).any()
+        assert check(through_tokens(chat, [before + text for text in right])).all()
+    assert not check([f"<think>\n{text}\n</think>\n\n{wrong}" for text in right]).any()
 
+    cut = check(through_tokens(chat, right, -1))  # before the last box closes
+    assert not cut[:, -1].any() and cut[:, :-1].all()
 
-def test_answers_to_the_neighbours_problem_earn_nothing(chat, groups):
-    """A right number under the wrong problem counts, so a model may learn to answer out of order,
-    or different answers are equal to the checker."""
-    golds = golds_of(groups)
     neighbours = golds[1:] + golds[:1]
-    correct = check(chat, [answered(group) for group in neighbours], golds)
-    for gold, other, right in zip(np.ravel(golds), np.ravel(neighbours), correct.flat):
-        gold, other = gold.strip(" $"), other.strip(" $")
-        assert right == (gold == other) or {gold, other} in EQUAL, (gold, other)
-
-
-def test_the_cut_takes_the_last_answer_alone(chat, groups):
-    """The budget has no effect: half an answer (\\boxed{12 of \\boxed{123}) earns something, or the
-    cut takes away what precedes it."""
-    golds = golds_of(groups)
-    texts = decode(chat, [encode(chat, answered(group))[:-1] for group in golds])
-    correct = np.array([score(text, group) for text, group in zip(texts, golds)])
-    assert not correct[:, -1].any() and correct[:, :-1].all()
+    correct = check(through_tokens(chat, [answered(group) for group in neighbours]))
+    for gold, other, mark in zip(np.ravel(golds), np.ravel(neighbours), correct.flat):
+        pair = {gold.strip(" $"), other.strip(" $")}
+        assert mark == (len(pair) == 1 or pair in EQUAL), pair

@@ -1,35 +1,23 @@
-"""
-Real models: a real chat model gives the same tokens and logits here and in transformers, and is
-trained; chat templates as published models have them give the same prompts; the shapes that the
-paper trains are computed as in transformers.
-"""
+"""A real chat model gives the same tokens and logits here and in transformers, and is trained; the
+shapes that the paper trains are computed as in transformers."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bcr
-from conftest import metrics_of, status_of
+from conftest import metrics_of, prompt_of_transformers, status_of
 from data.chat import decode, encode_chat, load_chat
 from data.files import write_json, write_lines
 from model import Config, Transformer
 from rollout import generate
 from tests.bench.scale import CONFIGS
 
-# ----------------------------------------------------------------------------------------------
-# SmolLM2-135M-Instruct: our tokens and transformers'
-
 MESSAGES = ["What is the capital of France?",
             "def add(a, b):\n    return a + b\n\nWrite a test for this function.",
             "Übersetze ins Englische: „Der Fuchs springt über den Zaun.“ 你好 🦊"]
 BUDGET = 48
-
-
-def rendered_by_transformers(tokenizer, message):
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
 
 
 @torch.no_grad()
@@ -42,10 +30,9 @@ def test_a_real_model_answers_as_in_transformers(smollm2):
     chat = load_chat(smollm2)
     other, report = AutoModelForCausalLM.from_pretrained(
         smollm2, dtype=torch.float32, output_loading_info=True)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert not any(report.values()) and chat.eos_ids == [2]
     prompts = [encode_chat(chat, message) for message in MESSAGES]
-    assert prompts == [rendered_by_transformers(tokenizer, message) for message in MESSAGES]
+    assert prompts == [prompt_of_transformers(smollm2, message) for message in MESSAGES]
     completions = generate(model, prompts, 1, BUDGET, eos_ids=chat.eos_ids, temperature=0)
     assert {completion.truncated for completion in completions} == {True, False}
     assert "Paris" in decode(chat, [completions[0].tokens])[0]
@@ -89,67 +76,8 @@ def test_a_training_step_of_a_real_chat_model(smollm2, tmp_path):
     assert AutoTokenizer.from_pretrained(out / "model").chat_template
 
 
-# ----------------------------------------------------------------------------------------------
-# Chat templates, rendered by us and by transformers
-
-TEMPLATES = {
-    "loopcontrols":
-        "{% for m in messages[::-1] %}{% if m.role == 'system' %}{% continue %}{% endif %}"
-        "{{ m.content }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
-    "generation":
-        "{% for m in messages %}{{ m.content }}{% generation %}{{ m.role }}<|end|>"
-        "{% endgeneration %}{% endfor %}{%- generation -%} said {% endgeneration %}",
-    "tojson":
-        "{{ messages | tojson }} {{ '<é&\\'\"你>' | tojson }} {{ messages | tojson(indent=2) }}"
-        "{{ {'b': '<é>', 'a': [1, none, true, 0.5]} | tojson(sort_keys=true, ensure_ascii=true) }}",
-    "undefined names":
-        "{% if tools is not none %}{{ tools | tojson }}{% endif %}{% if documents is not none %}"
-        "{{ documents | length }}{% endif %}{% if tools is defined %}tools{% endif %}"
-        "{{ bos_token }}|{% if unk_token is defined %}unk{% endif %}|"
-        "{% if add_bos_token is defined %}add{% endif %}|"
-        "{% if enable_thinking is defined %}think{% endif %}|{{ eos_token }}",
-    "spaces and lines":
-        "  {% for m in messages %}  \n    {%- if true %}\n  a  {{- m.content }}\n   {% endif %}\n "
-        "{#- no -#}\n{% endfor %}\n\n{{ '  x  ' | trim }}\n"}
-
-
-def byte_directory(path, **settings):
-    """The tokenizer side of a model directory: one token per byte, and a few special ones. The file
-    was saved with truncation and padding on, as those of fine-tuned models often are."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ("<|start|>", "<|end|>", "<|begin|>")
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    tokenizer.enable_truncation(16)
-    tokenizer.enable_padding(length=16)
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    write_json(path / "tokenizer_config.json", settings)
-    write_json(path / "config.json", {"model_type": "qwen2"})
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_are_rendered_as_by_transformers(tmp_path, name):
-    """A model whose template uses this does not load, or is prompted in a form it was not trained
-    on; special tokens that transformers 4 writes as objects appear as their Python text."""
-    begin = {"__type": "AddedToken", "content": "<|begin|>", "lstrip": False, "normalized": True,
-             "rstrip": False, "single_word": False}
-    # add_bos_token is true in DeepSeek's files, unk_token is null in Qwen's.
-    byte_directory(tmp_path, bos_token=begin, add_bos_token=True, unk_token=None)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    message = "  What is <b> & 'é' in \"你好\"?\n\nA. one a.\n"
-    expected = rendered_by_transformers(AutoTokenizer.from_pretrained(tmp_path), message)
-    assert len(expected) > 30 and encode_chat(load_chat(tmp_path), message) == expected
-
-
-# ----------------------------------------------------------------------------------------------
-# Published shapes: config.json of the models that the paper trains, and of Llama 3.2
-
 WINDOW = {"hidden_act": "silu", "use_sliding_window": False, "rms_norm_eps": 1e-06}
-SHAPES = {  # name on the Hub: (parameters, config.json)
+SHAPES = {  # of the models that the paper trains, and of Llama 3.2: (parameters, config.json)
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1_777_088_000, CONFIGS[
         "hbx/JustRL-DeepSeek-1.5B"] | WINDOW | {"rope_theta": 10000, "sliding_window": 4096}),
     "Qwen/Qwen3-4B-Thinking-2507": (4_022_468_096, CONFIGS[
