@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data.chat import load_chat
 from model import Config, Transformer
@@ -21,6 +22,7 @@ TINY = REPO / "data/tiny"
 # shares.
 QUICK = ["--n", 4, "--budget", 120, "--steps", 5, "--groups", 5, "--samples", 4, "--eval-n", "1,4",
          "--eval-problems", 9, "--save-every", 2]
+PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 
 
 def pytest_collection_modifyitems(items):
@@ -59,8 +61,10 @@ def smollm2():
         pytest.skip(f"no real chat model: {reason}")
 
 
-# ----------------------------------------------------------------------------------------------
-# Commands
+def prompt_of_transformers(path, message):
+    """The token ids of a user message."""
+    return AutoTokenizer.from_pretrained(path).apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False)
 
 
 def start(program, *arguments, **options):
@@ -87,6 +91,10 @@ def status_of(main, *arguments):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
 
 
 def lines_of(path):

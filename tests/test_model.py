@@ -1,12 +1,6 @@
-"""
-Tests of model.py against transformers: the same random checkpoints, read by both, give the same
-logits, and a model that would be computed incorrectly is refused.
+"""model.py against transformers: the same random checkpoints, read by both, give the same logits,
+and a model that would be computed incorrectly is refused."""
 
-Every parameter of every model here is random, norm weights and biases included: a fresh model has
-unit norms and zero biases, so a loader that loses them would pass.
-"""
-
-import json
 import shutil
 
 import pytest
@@ -15,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.files import UserError
+from data.files import UserError, read_json, write_json
 from model import Config, Transformer
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
@@ -25,16 +19,13 @@ MHA = SIZES | dict(num_key_value_heads=4)
 # them), blended (1) and divided (6).
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
               high_freq_factor=4.0, original_max_position_embeddings=64)
-TIED = dict(tie_word_embeddings=True)
 CASES = {  # name: (model_type, the rest of config.json)
-    "llama": ("llama", SIZES | dict(rope_theta=500.0)),
-    "llama-biases": ("llama", MHA | dict(rope_theta=2e3, attention_bias=True, mlp_bias=True)),
+    "llama": ("llama", MHA | dict(rope_theta=2e3, attention_bias=True, mlp_bias=True)),
     "llama3": ("llama", SIZES | dict(rope_parameters=LLAMA3, rms_norm_eps=0.01)),
     "qwen2": ("qwen2", SIZES | dict(rope_theta=1e6)),
-    "qwen2-tied": ("qwen2", MHA | dict(rope_theta=100.0) | TIED),
     "qwen3": ("qwen3", SIZES | dict(rope_theta=1e6, head_dim=24)),
-    "qwen3-tied": ("qwen3", MHA | TIED | dict(rope_theta=300.0, head_dim=24, attention_bias=True)),
-}
+    "qwen3-tied": ("qwen3", MHA | dict(rope_theta=300.0, head_dim=24, attention_bias=True,
+                                       tie_word_embeddings=True))}
 TOKENS = torch.randint(96, (2, 300), generator=torch.Generator().manual_seed(1))
 
 
@@ -53,23 +44,18 @@ def ours(path):
 
 
 def assert_close(a, b):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() < 1e-4
-
-
-def read_config(path):
-    return json.loads((path / "config.json").read_text())
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def change_config(path, removed=(), **changes):
-    fields = (read_config(path) | changes).items()
-    (path / "config.json").write_text(json.dumps(
-        {name: value for name, value in fields if name not in removed}))
+    fields = read_json(path / "config.json") | changes
+    write_json(path / "config.json", {name: fields[name] for name in fields.keys() - removed})
 
 
 def make(path, name):
-    """Writes the random checkpoint `name`, as transformers saves it. Matrices are large enough that
-    attention is not uniform and RoPE matters."""
+    """Writes the random checkpoint `name`, as transformers saves it. Norms and biases are random,
+    too: a loader that loses them would pass with those of a fresh model. Matrices are large enough
+    that attention is not uniform and RoPE matters."""
     kind, fields = CASES[name]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
     generator = torch.Generator().manual_seed(2)
@@ -107,31 +93,22 @@ def test_logits_equal_transformers(checkpoint):
     assert (mine[1] - logits[1]).abs().max() > 0.1  # RoPE matters in these models
 
 
-V5 = ("rope_parameters", "dtype")  # what only transformers 5 reads
-V4 = ("rope_theta", "rope_scaling", "torch_dtype")
-
-
-def to_v4(path, key):
-    """Rewrites config.json in the form of transformers 4, with RoPE's type in the field `key`."""
-    rope = dict(read_config(path)["rope_parameters"])
-    rope_theta = rope.pop("rope_theta")
-    rope[key] = rope.pop("rope_type")
-    change_config(path, V5, torch_dtype="float32", rope_theta=rope_theta,
-                  rope_scaling=None if rope[key] == "default" else rope)
-
-
 @pytest.mark.parametrize("kind, head_dim", [("llama", 16), ("qwen2", 16), ("qwen3", 128)])
 def test_absent_fields_have_transformers_defaults(kind, head_dim):
     """A config.json that lacks an optional field, or has it as null, builds another model."""
-    optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    same = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "num_key_value_heads")
+    optional = (*same, "head_dim", "rope_theta")
     given = {name: value for name, value in MHA.items() if name not in optional}
-    defaults = AutoConfig.for_model(kind, **given)
-    del given["num_key_value_heads"]
-    for absent in ({}, dict.fromkeys((*optional, "head_dim", "num_key_value_heads", "rope_theta"))):
+    defaults = AutoConfig.for_model(kind, **given, num_key_value_heads=4)
+    for absent in ({}, dict.fromkeys(optional)):
         config = Config.from_hf({"model_type": kind} | given | absent)
-        for name in (*optional, "num_key_value_heads"):
-            assert getattr(config, name) == getattr(defaults, name), name
         assert config.head_dim == head_dim and config.rope == defaults.rope_parameters
+        for name in same:
+            assert getattr(config, name) == getattr(defaults, name), name
+
+
+V5 = {"rope_parameters", "dtype"}  # what only transformers 5 reads
+V4 = {"rope_theta", "rope_scaling", "torch_dtype"}
 
 
 @pytest.mark.parametrize("form", ["rope_parameters", "rope_type", "type"])
@@ -139,57 +116,47 @@ def test_save_and_load(checkpoint, tmp_path, form):
     """A config.json of transformers 4 (whose oldest files name RoPE's type `type`) or 5 is misread;
     or a saved model differs from the one that was loaded, for us or for transformers, or lacks
     fields that an engine which reads only one of the two forms relies on."""
-    logits = checkpoint[1]
     path = shutil.copytree(checkpoint[0], tmp_path / "copy")
-    if form != "rope_parameters":
-        to_v4(path, form)
+    if form != "rope_parameters":  # in the form of transformers 4
+        rope = dict(read_json(path / "config.json")["rope_parameters"])
+        theta = rope.pop("rope_theta")
+        rope[form] = rope.pop("rope_type")
+        scaling = None if rope[form] == "default" else rope
+        change_config(path, V5, torch_dtype="float32", rope_theta=theta, rope_scaling=scaling)
     change_config(path, eos_token_id=[3, 5], no_such_field={"a": [1, None]})
     saved = tmp_path / "a" / "saved"
     Transformer.from_pretrained(path).save_pretrained(saved)
-    config = read_config(saved)
+    config = read_json(saved / "config.json")
     assert config["eos_token_id"] == [3, 5] and config["no_such_field"] == {"a": [1, None]}
-    assert config["dtype"] == config["torch_dtype"] == "float32"
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # transformers 4 requires it
-        assert set(file.keys()) == load_file(path / "model.safetensors").keys()
     for removed in (V4, V5):
-        (saved / "config.json").write_text(json.dumps(config))
+        write_json(saved / "config.json", config)
         change_config(saved, removed)
-        assert_close(theirs(saved), logits)
-
-
-def shard(path):
-    """Rewrites a directory as several shards with an index; returns the shards."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    (path / "model.safetensors").unlink()
-    model.save_pretrained(path, max_shard_size="50KB")
-    return sorted(path.glob("*.safetensors"))
-
-
-def test_the_index_says_which_shard_holds_a_tensor(tied):
-    """Models above a few billion parameters, which come in shards, do not load; or of two copies of
-    a tensor the one that the index does not name wins (vllm#54230)."""
-    expected = ours(tied)
-    shards = shard(tied)
-    assert len(shards) > 2 and torch.equal(ours(tied), expected)
-    index = json.loads((tied / "model.safetensors.index.json").read_text())["weight_map"]
-    for file in shards:  # a copy of every tensor in every other shard
-        others = {name: torch.full((1,), 7.0) for name in index if index[name] != file.name}
-        save_file(load_file(file) | others, file, {"format": "pt"})
-    assert torch.equal(ours(tied), expected)
+        assert_close(theirs(saved), checkpoint[1])
 
 
 @torch.no_grad()
-def test_save_over_the_directory_that_was_loaded(tied):
-    """Old shards are loaded instead of the new weights, or saving overwrites a file that is still
-    read."""
-    shard(tied)
+def test_shards_are_read_by_their_index_and_replaced_by_what_is_saved(tied):
+    """Models above a few billion parameters, which come in shards, do not load; of two copies of a
+    tensor the one that the index does not name wins (vllm#54230); or saving over the directory
+    leaves the old shards, or overwrites a file that is still read."""
+    expected = ours(tied)
+    theirs = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    (tied / "model.safetensors").unlink()
+    theirs.save_pretrained(tied, max_shard_size="50KB")
+    index = read_json(tied / "model.safetensors.index.json")["weight_map"]
+    shards = sorted(tied.glob("*.safetensors"))
+    assert len(shards) > 2
+    for file in shards:  # a copy of every tensor in every other shard
+        others = {name: torch.full((1,), 7.0) for name in index if index[name] != file.name}
+        save_file(load_file(file) | others, file, {"format": "pt"})
     model = Transformer.from_pretrained(tied)
+    assert torch.equal(model(TOKENS), expected)
     model.model.norm.weight.mul_(2)
     for _ in range(2):
         model.save_pretrained(tied)
         assert torch.equal(ours(tied), model(TOKENS))
-    assert_close(theirs(tied), model(TOKENS))
 
 
 def edit_tensors(path, changes):
@@ -209,7 +176,6 @@ def test_a_head_that_differs_from_the_embedding_is_kept(tied):
     assert torch.equal(model(TOKENS), expected) and model.config.tie_word_embeddings
     edit_tensors(tied, {"lm_head.weight": embedding.flip(0)})
     Transformer.from_pretrained(tied).save_pretrained(tied / "saved")
-    assert read_config(tied / "saved")["tie_word_embeddings"] is False
     for logits in (ours(tied), ours(tied / "saved"), theirs(tied / "saved")):
         assert_close(logits, expected.flip(2))
 
@@ -223,70 +189,55 @@ def test_bfloat16(checkpoint, tmp_path):
     noise = (other - exact).norm()  # the error that bfloat16 causes in transformers
     assert (model(TOKENS).float() - other).norm() < 0.5 * noise
     model.save_pretrained(tmp_path)
-    config = read_config(tmp_path)
-    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert read_json(tmp_path / "config.json")["dtype"] == "bfloat16"
     tensors = load_file(tmp_path / "model.safetensors")
     for name, p in Transformer.from_pretrained(tmp_path).named_parameters():
         assert p.dtype == torch.float32 and tensors[name].dtype == torch.bfloat16
         assert torch.equal(p, tensors[name].float()), name
 
 
-def test_loading_holds_the_weights_once(checkpoint):
+def test_loading_holds_the_weights_once(tied):
     """Loading allocates random weights first, or copies the weights more than once (the file is
-    mapped, which allocates nothing); or what it loads cannot be trained."""
+    mapped, which allocates nothing)."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        model = Transformer.from_pretrained(checkpoint[0])
+        weights = sum(p.nbytes for p in Transformer.from_pretrained(tied).parameters())
     allocated = sum(event.cpu_memory_usage for event in profile.events()
                     if event.name.startswith("aten::empty"))
-    weights = sum(p.nbytes for p in model.parameters())
     assert weights <= allocated < 1.05 * weights
-    model(TOKENS).logsumexp(-1).mean().backward()
-    assert all(p.grad.abs().max() > 0 for p in model.parameters())
-
-
-def refused(path, *words):
-    """Asserts that loading `path` raises one UserError whose one line has all `words`."""
-    with pytest.raises(UserError) as caught:
-        Transformer.from_pretrained(path)
-    message = str(caught.value)
-    assert all(word in message for word in words) and "\n" not in message, message
 
 
 @pytest.mark.parametrize("word, changes", [
-    ("model_type", {"model_type": "gpt2"}), ("hidden_act", {"hidden_act": "gelu"}),
-    ("sliding", {"use_sliding_window": True}),
+    ("model_type", {"model_type": "gpt2"}),
+    ("hidden_act", {"hidden_act": "gelu"}),
     ("sliding", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
-    ("linear", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}),
-    ("num_key_value_heads", {"num_key_value_heads": 3}), ("head_dim", {"head_dim": 15}),
-    ("up_proj", {"intermediate_size": 81}), ("layers.2", {"num_hidden_layers": 3})])
+    ("num_key_value_heads", {"num_key_value_heads": 3}),
+    ("up_proj", {"intermediate_size": 81})])
 def test_config_that_is_refused(tied, word, changes):
     """A model of another kind, or whose sizes do not fit, is computed incorrectly without an error
     or ends in a traceback."""
     change_config(tied, **changes)
-    refused(tied, word)
+    with pytest.raises(UserError, match=f"^[^\n]*{word}[^\n]*$"):
+        Transformer.from_pretrained(tied)
 
 
 @pytest.mark.parametrize("name, tensor, word", [
-    ("model.norm.weight", None, "Missing"), ("model.norm.bias", torch.ones(64), "Unexpected"),
-    ("model.norm.weight", torch.ones(64, dtype=torch.int8), "quantized"),
-    ("model.norm.weight", torch.ones(63), "63")])
+    ("model.norm.weight", None, "Missing"),
+    ("model.norm.bias", torch.ones(64), "Unexpected"),
+    ("model.norm.weight", torch.ones(64, dtype=torch.int8), "quantized")])
 def test_weights_that_are_refused(tied, name, tensor, word):
-    """A tensor that is missing, unexpected, quantized or of another shape passes."""
-    edit_tensors(tied, {name: tensor})
-    refused(tied, name, word)
-
-
-def test_a_file_that_is_missing_or_cut(tied):
-    """A wrong --model path, a download that was interrupted, or a pickled checkpoint ends in a
-    traceback. Llama 2's RoPE frequencies in the file are no reason to refuse it."""
-    file = tied / "model.safetensors"
+    """A tensor that is missing, unexpected or quantized passes. Llama 2's RoPE frequencies are no
+    reason to refuse a file."""
     edit_tensors(tied, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     Transformer.from_pretrained(tied)
-    shutil.copytree(tied, tied / "cut")
-    (tied / "cut/model.safetensors").write_bytes(file.read_bytes()[:-1])
-    refused(tied / "cut", "cut/model.safetensors")
-    file.unlink()
-    refused(tied, str(file))
-    (tied / "config.json").unlink()
-    refused(tied, str(tied / "config.json"))
+    edit_tensors(tied, {name: tensor})
+    with pytest.raises(UserError, match=f"^[^\n]*{word}[^\n]*$"):
+        Transformer.from_pretrained(tied)
+
+
+def test_files_that_are_missing_are_named(tied):
+    """A wrong --model path, or a pickled checkpoint, ends in a traceback."""
+    for name in ("model.safetensors", "config.json"):
+        (tied / name).unlink()
+        with pytest.raises(UserError, match=f"^cannot read [^\n]*{name}[^\n]*$"):
+            Transformer.from_pretrained(tied)

@@ -5,15 +5,10 @@ import pytest
 import torch
 
 import rollout
-from conftest import random_model
-from rollout import LENGTH_MULTIPLE, LOOK_EVERY, generate, uniforms
+from conftest import PROMPTS, random_model, tokens_of
+from rollout import generate, uniforms
 
-PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 EOS = [0, 1]
-
-
-def tokens_of(completions):
-    return [completion.tokens for completion in completions]
 
 
 def full_logits(model, prompt, tokens):
@@ -37,48 +32,29 @@ def test_recorded_logprobs_equal_a_full_forward_pass(kind, temperature):
 
 def test_tokens_depend_neither_on_the_batch_size_nor_on_the_neighbours(monkeypatch):
     """Draws depend on rows or refills, or a cache leaks into another row: a run would not repeat on
-    another machine. With few rows they are refilled many times; then each prompt is sampled alone
-    under its key. On a CPU whose products are rounded up to `row_multiple` rows, not a bit of the
-    logprobs differs."""
-    model, options = random_model(), dict(eos_ids=EOS, seed=3, step=5)
-    together = generate(model, PROMPTS, 12, 150, max_rows=64, **options)
-    crowded = [generate(model, PROMPTS, 12, 150, max_rows=rows, **options) for rows in (1, 7, 20)]
-    alone = [generate(model, [prompt], 12, 150, prompt_keys=[p], **options)
+    another machine. With few rows they are refilled many times. On a CPU whose products are rounded
+    up to `row_multiple` rows, not a bit of the logprobs differs."""
+    model = random_model()
+    options = dict(eos_ids=EOS, seed=3, step=5)
+    expected = generate(model, PROMPTS, 6, 100, max_rows=64, **options)
+    alone = [generate(model, [prompt], 6, 100, prompt_keys=[p], **options)
              for p, prompt in enumerate(PROMPTS)]
-    for completions in (*crowded, sum(alone, [])):
-        assert tokens_of(completions) == tokens_of(together)
-        assert [c.truncated for c in completions] == [c.truncated for c in together]
-        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(completions, together))
+    crowded = generate(model, PROMPTS, 6, 100, max_rows=7, **options)
+    for completions in (sum(alone, []), crowded):
+        assert tokens_of(completions) == tokens_of(expected)
+        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(completions, expected))
     monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)  # more refills
-    for rows in (1, 5, 7):
-        again = generate(model, PROMPTS, 12, 150, max_rows=rows, **options)
-        assert tokens_of(again) == tokens_of(together)
+    refilled = generate(model, PROMPTS, 6, 100, max_rows=3, **options)
+    assert tokens_of(refilled) == tokens_of(expected)
 
 
 def test_samples_of_a_prompt_differ():
     """The samples of a group are equal, so every advantage is 0. Equal prompts differ, too, and so
     do steps and seeds."""
-    model, rows = random_model(), []
+    rows = []
     for where in ({}, {"step": 1}, {"seed": 1}):
-        rows += map(tuple, tokens_of(generate(model, [PROMPTS[0]] * 2, 8, 40, eos_ids=[], **where)))
-    assert len(set(rows)) == len(rows) == 48
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_come_from_the_softmax(temperature):
-    """Tokens are sampled from another distribution than the reported one. 20,000 draws of one
-    token: the chi-square statistic of 63 degrees of freedom is above 120 once in 50,000 times."""
-    model = random_model()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(0.3)  # flatter, so that many tokens are expected often enough
-    completions = generate(model, [PROMPTS[1]], 20000, 1, eos_ids=EOS, temperature=temperature,
-                           max_rows=20000)
-    logits = model(torch.tensor([PROMPTS[1]]))[0, -1].detach().double()
-    p = torch.softmax(logits / temperature, -1).numpy()
-    expected, seen = 20000 * p, np.bincount(np.ravel(tokens_of(completions)), minlength=64)
-    often = expected >= 5
-    statistic = ((seen - expected)[often] ** 2 / expected[often]).sum()
-    assert often.sum() > 20 and statistic < 120
+        rows += generate(random_model(), [PROMPTS[0]] * 2, 8, 40, eos_ids=[], **where)
+    assert len(set(map(tuple, tokens_of(rows)))) == 48
 
 
 def test_greedy_takes_the_likeliest_token():
@@ -91,60 +67,50 @@ def test_greedy_takes_the_likeliest_token():
 def test_eos_ends_a_completion_and_belongs_to_it():
     """EOS is dropped, so stopping has no gradient and is not learned. A completion whose last
     affordable token is EOS is not truncated."""
-    completions, ended_in_time = generate(random_model(), PROMPTS, 16, 12, eos_ids=EOS), 0
+    completions = generate(random_model(), PROMPTS, 16, 12, eos_ids=EOS)
     for c in completions:
         assert not set(c.tokens[:-1]) & set(EOS)
         assert c.truncated == (c.tokens[-1] not in EOS)
         assert len(c.tokens) == 12 or not c.truncated
-        ended_in_time += len(c.tokens) == 12 and not c.truncated
-    assert 0 < sum(c.truncated for c in completions) < len(completions) and ended_in_time
+    last = {c.truncated for c in completions if len(c.tokens) == 12}
+    assert last == {True, False} and any(len(c.tokens) < 12 for c in completions)
 
 
-def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch):
+def test_logits_that_are_not_finite_are_no_error():
+    """A broken model ends in an index error, where three skipped steps should say what is wrong."""
+    model = random_model()
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    assert generate(model, PROMPTS[:1], 1, 5, eos_ids=EOS)[0].truncated
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_prompts_are_computed_once_and_finished_rows_not_at_all(monkeypatch, rows):
     """Work is wasted. Each prompt goes through the model once for all its samples, also if they are
     sampled in several waves, and a row costs one token per step until it ends. Each end is reported
     once."""
-    model, prefilled, decoded, ended = random_model(), [], [], []
+    model = random_model()
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]  # one token alone needs no prefill
+    prefilled, decoded, ended = [], [], []
     original = model.hidden
 
     def counting(tokens, rotation=None, attention=None):
-        (prefilled if rotation is None else decoded).append(tokens.shape[0])
+        (prefilled if rotation is None else decoded).append(len(tokens))
         return original(tokens, rotation, attention)
 
     monkeypatch.setattr(model, "hidden", counting)
     monkeypatch.setattr(rollout, "row_multiple", lambda device: 1)
-    for rows in (3, 8, 64):
-        prefilled.clear(), decoded.clear(), ended.clear()
-        completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
-                               on_finished=lambda: ended.append(1))
-        assert sum(prefilled) == len(prompts) and sum(ended) == len(completions)
-        assert sum(decoded) == sum(len(c.tokens) for c in completions)
-        assert max(decoded) <= rows
+    completions = generate(model, prompts, 4, 30, eos_ids=EOS, max_rows=rows,
+                           on_finished=lambda: ended.append(1))
+    assert sum(prefilled) == len(prompts) and len(ended) == len(completions)
+    assert sum(decoded) == sum(len(c.tokens) for c in completions) and max(decoded) <= rows
 
 
 def test_random_numbers_are_a_function_of_their_place():
     """Numbers change with how many are drawn, or two samples share them."""
     assert np.array_equal(uniforms(1, 2, 3, 4, 10), uniforms(1, 2, 3, 4, 1000)[:10])
-    places = [(1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5), (2, 1, 3, 4),
-              (1, 2, 4, 3)]
+    places = [(1, 2, 3, 4), (2, 1, 3, 4), (1, 2, 4, 3), (1, 2, 3, 5)]
     values = np.concatenate([uniforms(*place, 100) for place in places])
-    assert len(set(values)) == 100 * len(places)
+    assert len(set(values)) == 400
     assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.05
 
 
-def test_rows_that_ended_between_two_looks_leave_no_trace(monkeypatch):
-    """On a GPU the host looks at the rows only now and then, and shapes are rounded up. What a row
-    does after its EOS, or a free row does at all, changes the result. The CPU runs at the same pace
-    here."""
-    model, options = random_model(), dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=7)
-    expected = generate(model, PROMPTS, 3, 20, **options)
-    for look_every, rows, length_multiple in ((8, 4, 16), (3, 7, 64), (50, 2, 1)):
-        monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
-        monkeypatch.setitem(LENGTH_MULTIPLE, "cpu", length_multiple)
-        monkeypatch.setattr(rollout, "row_multiple", lambda device, rows=rows: rows)
-        for ours, theirs in zip(generate(model, PROMPTS, 3, 20, **options), expected, strict=True):
-            assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
-            torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)
-    assert {c.truncated for c in expected} == {True, False}
-    assert len({len(c.tokens) for c in expected}) > 5

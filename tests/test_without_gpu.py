@@ -13,15 +13,11 @@ import bcr
 import distributed
 import evaluate
 import rollout
-from conftest import random_model
+from conftest import PROMPTS, random_model
 from data.files import UserError
 from model import Config, Transformer
 from rollout import Slots, cuda_graphs, generate, sample_token, token_logprobs
 from tests.bench import scale
-
-FAMILIES = ["llama", "qwen2", "qwen3"]
-DTYPES = [torch.float32, torch.bfloat16]
-PROMPTS = [[5, 9, 60, 2, 8], [7] * 9, [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, 40]]
 
 # ----------------------------------------------------------------------------------------------
 # Kernels. The meta device has shapes and types but no values, so it takes the place of a GPU:
@@ -53,17 +49,17 @@ class OnTheDevice(TorchDispatchMode):
         return out
 
 
-def on_the_device(kind, dtype):
-    return random_model(kind).to("meta", dtype)
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def model(request):
+    """A model of each family on the meta device, Llama's in float32."""
+    dtype = torch.float32 if request.param == "llama" else torch.bfloat16
+    return random_model(request.param).to("meta", dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_a_sampled_token_neither_waits_nor_touches_the_host(kind, dtype, temperature):
+def test_a_sampled_token_neither_waits_nor_touches_the_host(model, temperature):
     """A part of the sampler's state is left on the CPU, or a token waits for the host: a CUDA graph
     cannot be captured, or every token costs a round trip."""
-    model = on_the_device(kind, dtype)
     with torch.inference_mode(), OnTheDevice() as mode:
         slots = Slots(model, 64, 128)
         eos = torch.tensor([0, 1], device="meta")
@@ -71,12 +67,9 @@ def test_a_sampled_token_neither_waits_nor_touches_the_host(kind, dtype, tempera
     assert mode.operations > 100
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_starting_a_group_neither_waits_nor_touches_the_host(kind, dtype):
+def test_starting_a_group_neither_waits_nor_touches_the_host(model):
     """A prompt is computed on the CPU, or its keys and values are copied there on their way to the
     cache."""
-    model = on_the_device(kind, dtype)
     with torch.inference_mode(), OnTheDevice() as mode:
         slots = Slots(model, 8, 128)
         prefix = rollout.Prefix(model, PROMPTS[3])
@@ -86,11 +79,8 @@ def test_starting_a_group_neither_waits_nor_touches_the_host(kind, dtype):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_training_pass_neither_waits_nor_touches_the_host(kind, dtype, chunked):
+def test_a_training_pass_neither_waits_nor_touches_the_host(model, chunked):
     """A boolean mask makes the device search for the tokens, or an index stays on the CPU."""
-    model = on_the_device(kind, dtype)
     model.checkpointing = chunked
     rows = [bcr.Row(PROMPTS[0], [7] * n, torch.zeros(n), np.ones(n)) for n in (4, 9, 2)]
     with OnTheDevice() as mode:
@@ -107,21 +97,11 @@ def test_the_gradient_of_a_step_waits_for_the_device_only_at_its_end(monkeypatch
         raise StopIteration
 
     monkeypatch.setattr(distributed, "sum_over_processes", end)
-    model = on_the_device("qwen3", torch.bfloat16)
+    model = random_model().to("meta", torch.bfloat16)
     master = [p.detach().float() for p in model.parameters()]
     rows = [bcr.Row(prompt, [7] * 9, torch.zeros(9), np.ones(9)) for prompt in PROMPTS]
     with pytest.raises(StopIteration), OnTheDevice() as mode:
         bcr.accumulate_gradient(model, master, rows, 100, bcr.Settings())
-
-
-def test_the_mode_notices():
-    """The stand-in of the tests above would let everything pass."""
-    x = torch.zeros(3, device="meta")
-    mask = torch.tensor([True, False, True]).to("meta")
-    for mistake in (lambda: x[mask], lambda: x + torch.zeros(3), lambda: x.cpu(),
-                    lambda: x.sum().item(), lambda: x.nonzero()):
-        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), OnTheDevice():
-            mistake()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -184,18 +164,23 @@ def test_a_token_is_computed_once_whatever_the_order_of_sizes(graphs):
     assert computed == sizes and len(set(sizes)) == 9
 
 
-def test_graphs_sample_what_the_plain_step_samples(graphs, monkeypatch):
-    """Graphs hold a state that the loop replaces, or sizes change what a row computes. The CPU runs
-    at the pace of a GPU here: it looks for ended rows every 8 tokens and rounds sizes up."""
+@pytest.mark.parametrize("look_every, rows, length", [(8, 4, 16), (3, 7, 64), (50, 2, 1)])
+def test_graphs_sample_what_the_plain_step_samples(graphs, monkeypatch, look_every, rows, length):
+    """Graphs hold a state that the loop replaces, or what a row does after its EOS, or a free row
+    does at all, changes the result. The CPU runs at the pace of a GPU here: it looks for ended rows
+    only now and then and rounds sizes up."""
     model = random_model()
     options = dict(eos_ids=[3, 5], temperature=1.3, seed=5, max_rows=9)
     expected = generate(model, PROMPTS, 3, 40, **options)
+    assert {c.truncated for c in expected} == {True, False}
     monkeypatch.setitem(rollout.WRAPPERS, "cpu", cuda_graphs)
-    monkeypatch.setitem(rollout.LOOK_EVERY, "cpu", 8)
-    monkeypatch.setattr(rollout, "row_multiple", lambda device: 4)
+    monkeypatch.setitem(rollout.LOOK_EVERY, "cpu", look_every)
+    monkeypatch.setitem(rollout.LENGTH_MULTIPLE, "cpu", length)
+    monkeypatch.setattr(rollout, "row_multiple", lambda device: rows)
     monkeypatch.setattr(rollout, "sample_token", recordable(rollout.sample_token))
     for ours, theirs in zip(generate(model, PROMPTS, 3, 40, **options), expected, strict=True):
         assert ours.tokens == theirs.tokens and ours.truncated == theirs.truncated
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -226,8 +211,7 @@ def test_a_model_loads_onto_the_one_gpu(one_gpu, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name, local_rank, world_size, expected", [
-    ("auto", "0", "1", "cuda:0"), ("cuda", "3", "8", "cuda:3"), ("auto", "5", "8", "cuda:5"),
-    ("cuda:0", "2", "8", "cuda:2")])
+    ("auto", "0", "1", "cuda:0"), ("cuda", "3", "8", "cuda:3"), ("cuda:0", "2", "8", "cuda:2")])
 def test_each_process_of_torchrun_has_its_own_gpu(
         monkeypatch, name, local_rank, world_size, expected):
     """All processes use the first GPU."""
@@ -238,7 +222,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(
     assert distributed.find_device(name) == expected
 
 
-@pytest.mark.parametrize("name", ["cuda:1", "cuda:x", "gpu", "mps"])
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
 def test_a_device_that_does_not_exist_is_named(one_gpu, name):
     """A traceback of PyTorch's, or a run on another device."""
     with pytest.raises(UserError, match=f"--device {name} is not available: .* one of the 1 GPUs"):
@@ -279,25 +263,6 @@ def test_the_commands_of_the_paper_fit_their_cards():
         assert len(phases) == 4
         for parts in phases.values():
             assert sum(parts.values()) < scale.CARDS[s.model]
-
-
-def test_what_a_pass_keeps_is_counted_right():
-    """The count of what autograd keeps, on tensors without values, is not what a real pass
-    keeps."""
-    model = random_model("qwen2", hidden_size=64, num_hidden_layers=3).to(torch.bfloat16)
-    counted = scale.saved_bytes(model.config, 20, 20 + 4 * 30, 4, False)
-    tensors = {}
-
-    def note(tensor):
-        tensors[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    rows = [bcr.Row([1] * 20, [2] * 30, None, None) for _ in range(4)]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_logprobs(model, rows, 1.0)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    real = sum(storage.nbytes() for key, storage in tensors.items() if key not in weights)
-    assert 0.9 * real < counted < 1.1 * real
 
 
 def test_the_memory_table_is_what_the_command_prints(capsys):

