@@ -19,6 +19,7 @@ ANSWERS = Path(__file__).with_name("answers.tsv")
 SHARED = Path(__file__).parents[2] / "shared"
 EXAMPLES = SHARED / "checker" / "examples.jsonl"
 BENCHMARKS = SHARED / "benchmarks"
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.exists(), reason="no shared benchmarks here")
 
 
 def table(kind):
@@ -121,10 +122,6 @@ def golds():
     return [json.loads(line)["answer"] for line in lines]
 
 
-needs_benchmarks = pytest.mark.skipif(
-    not BENCHMARKS.exists(), reason="the shared benchmarks are not here")
-
-
 @needs_benchmarks
 def test_every_gold_equals_itself():
     """A gold does not equal itself, so its problem can never be answered correctly."""
@@ -191,17 +188,18 @@ def test_empty_gold_is_never_rewarded(gold):
 
 
 LONG = [
-    "(" * 100_000 + ")" * 100_000, "{" * 200_000, "\\sqrt" * 40_000, "\\frac" * 90, "1_000", "x<" * 60,
+    "(" * 100_000 + ")" * 100_000, "{" * 200_000, "\\sqrt" * 40_000, "\\frac" * 90, "1_000",
     "\\sin" * 90 + "x", "2^" * 249 + "2", "9^{9^{9^{9}}}", "3" + "!" * 400, "((500)!)!", "|" * 500,
     "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH, "+".join(["2^{-4000}", "3^{-2500}"] * 27), "x" * 500,
     "xyz+" * 124 + "1", "\\pm " * 90 + "1", "1e999999999", "1e-999999999", "\\text{a}" * 60 + "1",
     " " * 498 + "1", "1" * 5000, "1" * 500, "1," * 249, "word " * 99, "170!" * 120, "x_{" * 160,
     "100," * 124 + "100", "\\begin{pmatrix}" + "1&" * 60 + "\\end{pmatrix}", "x=" * 249 + "1",
-    "(1," * 30 + "2" + ")" * 30, "x\\in " * 90, "\\lfloor" * 90, "-" * 499 + "1", "\\log_" * 90,
-    "123 " * 124 + "5", "\ufdfa" * 500, "²" * 500, "½" * 500, "\\binom{500}{250}" * 30, "(x!)" * 120,
-    "\ud800" * 500, "x_{\ud800}", "\x00" * 500, "A" * 500, "1\\frac12" * 60, "x\\pm 1," * 60,
-    "*".join(["1e1000", "3e-1000"] * 40), "\\{x\\pm" * 40, ",".join(["x^2+y"] * 64), "(x+1)" * 95,
-    ",".join(f"x+{k}" for k in range(64)), ",".join(f"{k}" for k in range(120)), "3^{7000}," * 60,
+    "(1," * 30 + "2" + ")" * 30, "x\\in " * 90, "x<" * 60, "\\lfloor" * 90, "-" * 499 + "1",
+    "\\log_" * 90, "123 " * 124 + "5", "\ufdfa" * 500, "²" * 500, "½" * 500,
+    "\\binom{500}{250}" * 30, "\ud800" * 500, "(x!)" * 120, "x_{\ud800}", "\x00" * 500, "A" * 500,
+    "1\\frac12" * 60, "x\\pm 1," * 60, "*".join(["1e1000", "3e-1000"] * 40), "\\{x\\pm" * 40,
+    ",".join(["x^2+y"] * 64), "(x+1)" * 95, ",".join(f"x+{k}" for k in range(64)),
+    ",".join(f"{k}" for k in range(120)), "3^{7000}," * 60,
     ",".join(f"(x+{k})^2" for k in range(50)), "2^{999}+" * 60 + "1", "(2^{999}/3^{600})" * 28,
     "\\lfloor x\\rfloor," + ",".join(f"x+{k}" for k in range(60)), "\\sin^2 x+" * 50 + "1",
     "x!+" * 160 + "1", "2^{11999}/3^{7500}" + "+1" * 230, "(3^{4100})/(7^{2000})+" * 25 + "1",
@@ -213,7 +211,7 @@ LONG = [
 def test_hostile_answers_take_milliseconds(text):
     """Deep recursion, giant numbers, or a long list, compared item by item, stop the run."""
     for gold in ("5", text[::-1], ",".join(reversed(text.split(","))), "x+" + text):
-        assert quickest(answers_equal, text, gold[:max(MAX_LENGTH, len(text))]) < 0.25
+        assert quickest(answers_equal, text, gold) < 0.05
         assert quickest(answers_equal, text[:MAX_LENGTH], gold[:MAX_LENGTH]) < 0.05
 
 
