@@ -45,7 +45,7 @@ from rollout import Completion, token_logprobs
 @dataclasses.dataclass(frozen=True)
 class Settings:
     n: tuple = flag((4,), "problems in a prompt (N); 2,4,8 take turns, a step each", group="task")
-    budget: tuple = flag((160,), "tokens for a whole completion, all N problems; one, or one per N")
+    budget: tuple = flag((180,), "tokens for a whole completion, all N problems; one, or one per N")
     model: str = flag(str(TINY / "model"), "Hugging Face model: a directory, or a name on the Hub")
     template_options: str = flag("", 'JSON for the chat template: {"enable_thinking": false}')
     data: str = flag(str(TINY / "train.jsonl"), "training problems (JSONL)")

@@ -175,13 +175,14 @@ MISTAKES = [  # program, flags, and a word of the sentence
     (bcr, "--lr nan", "--lr"),
     (bcr, "--steps 0", "--steps"),
     (bcr, "--temperature 0", "--temperature"),
+    (bcr, "--template-options thinking", "--template-options"),
     (bcr, "--n 2,4,8 --budget 80,160", "--budget"),
     (bcr, "--n 2 --data one.jsonl", "only 1"),
     (bcr, "--budget 20", "bare answers"),
-    (bcr, "--budget 3000 --eval-budget 3000", "2048 positions"),
+    (bcr, "--budget 5000 --eval-budget 5000", "4096 positions"),
     (bcr, "--budget 512 --eval-budget 60", "512"),
     (evaluate, "--within 512 --budget 60", "512"),
-    (evaluate, "--budget 5000", "2048 positions"),
+    (evaluate, "--budget 5000", "4096 positions"),
     (evaluate, "--solve one.jsonl --n 1,2", "--n"),
     (evaluate, "--steps 5", "--steps")]
 
