@@ -227,7 +227,7 @@ MIXED = {1: 0.25, 2: 0.14, 3: 0.1, 4: 0.17, 5: 0.05, 6: 0.08, 8: 0.12, 10: 0.04,
 # joined ones need practice. In the first round joined steps are right as often as single ones, and
 # the model learns to compute them; the second gives hurry its price.
 ROUNDS = ((3e-3, 0.008, ((1500, {1: 1.0}, 0.3), (5500, MIXED, None))),
-          (1e-3, 0.04, ((300, MIXED, None), (700, MIXED, None))))
+          (1e-3, 0.055, ((200, MIXED, None), (500, MIXED, None))))
 TOKENS_A_BATCH = 2048  # of each process, with prompts and padding
 PROCESSES = 2  # a fixed number: another one sees other documents
 
