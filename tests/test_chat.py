@@ -49,12 +49,12 @@ def test_prompts_equal_those_of_transformers(tmp_path, name):
         write_json(path / "tokenizer_config.json", config | settings)
         (path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        tokenizer.enable_truncation(16)
-        tokenizer.enable_padding(length=16)
+        tokenizer.enable_truncation(8)
+        tokenizer.enable_padding(length=200)
         tokenizer.save(str(path / "tokenizer.json"))
     message = "  What is <b> & 'é' in \"你好\"?\n\nA. one a.\n"
     ids = encode_chat(load_chat(path), message)
-    assert len(ids) > 16 and ids == prompt_of_transformers(path, message)
+    assert len(ids) > 8 and ids == prompt_of_transformers(path, message)
 
 
 def chat_directory(path, template=None, in_config=None, eos=0, more_eos=None, eos_token="<|end|>"):

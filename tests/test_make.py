@@ -69,7 +69,7 @@ def test_checks_find_mistakes_and_concise_solutions_keep_them(style, least, most
         right = []
         for _ in range(500):
             problem = make.make_problem(rng)
-            solution = make.write_solution(rng, problem, style, direct=0, slip=slip)
+            solution = make.write_solution(rng, problem, style, direct=0, slip=slip, hurry=slip)
             right += score(answer_section(1, *solution), [problem["answer"]])
         assert low <= np.mean(right) <= high, slip
 
@@ -81,7 +81,7 @@ def test_arithmetic_in_solutions_is_right_where_nothing_slipped():
         lengths = set()
         for _ in range(200):
             problem = make.make_problem(rng)
-            work, _ = make.write_solution(rng, problem, style, direct=0, slip=0)
+            work, _ = make.write_solution(rng, problem, style, direct=0, slip=0, hurry=0)
             for expression, value in re.findall(r"(\d+(?: [+-] \d+)+) = (\d+)", work):
                 terms = re.findall(r"[+-]?\d+", expression.replace(" ", ""))
                 assert sum(map(int, terms)) == int(value)
