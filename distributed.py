@@ -3,7 +3,6 @@ Several processes. On a CPU `launch` starts one per core; on GPUs torchrun start
 its share of the prompts and learns from its share of the completions. Every draw depends on (seed,
 step, prompt, sample, token) alone, so K processes sample what one process would, and the sum of
 their gradients is its gradient. On a CPU, with one thread per process, this holds to the last bit.
-
 Ctrl-C and SIGTERM end a run at once, without saving: a resumed run repeats the steps since the last
 checkpoint exactly, so nothing is lost but their time.
 """
@@ -81,9 +80,8 @@ def launch(program, function, s, most):
     errors = mp.get_context(method).SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as directory:
-        store = (Path(directory) / "store").as_uri()
-        given = (function, s, count, store, errors)
-        run = mp.start_processes(run_as, given, count, join=False, daemon=True, start_method=method)
+        given = (function, s, count, (Path(directory) / "store").as_uri(), errors)
+        run = mp.start_processes(run_as, given, count, join=False, start_method=method)
         try:
             while not run.join(grace_period=1):
                 pass
@@ -92,6 +90,9 @@ def launch(program, function, s, most):
                 raise UserError(errors.get()) from None
             sys.exit(f"{program}: error: {str(error).strip()}\n"
                      "Saved files are intact. Continue with --resume DIR")
+        finally:
+            for process in run.processes:
+                process.kill()
 
 
 def run_as(number, function, s, count, store, errors):
@@ -277,8 +278,7 @@ def whole(tensor):
 
 
 def share_of(tensor, like):
-    """The part of a whole tensor that this process keeps, if `like` is sharded. All processes have
-    the whole one: nothing is sent."""
+    """The part of a whole tensor that this process keeps, if `like` is sharded. Nothing is sent."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)
