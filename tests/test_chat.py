@@ -28,7 +28,8 @@ TEMPLATES = {
         "{{ documents | length }}{% endif %}{% if tools is defined %}tools{% endif %}"
         "{{ bos_token }}|{% if unk_token is defined %}unk{% endif %}|"
         "{% if add_bos_token is defined %}add{% endif %}|"
-        "{% if enable_thinking is defined %}think{% endif %}|{{ eos_token }}",
+        "{% if enable_thinking is defined %}think{% endif %}|{{ eos_token }}"
+        "{{ messages[0].content }}",
     "spaces and lines":
         "  {% for m in messages %}  \n    {%- if true %}\n  a  {{- m.content }}\n   {% endif %}\n "
         "{#- no -#}\n{% endfor %}\n\n{{ '  x  ' | trim }}\n"}
