@@ -206,13 +206,13 @@ def _clean(text):
         return text
     for needs, pattern, meaning in RULES:
         if needs in text:
-            text = pattern.sub(meaning, text)
+            text = pattern.sub(meaning, text)[:2 * MAX_LENGTH]  # some characters grow
     return text.strip(" *`\"").lstrip("= ").rstrip(" .,;\\")
 
 
 # Value: an expression is computed by recursive descent over its tokens.
 
-MAX_BITS = 12_000  # of a fraction; a larger one has no value
+MAX_BITS = 8_000  # of a fraction; a larger one has no value
 
 
 def _power(a, b):
