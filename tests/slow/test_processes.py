@@ -104,7 +104,10 @@ def test_no_process_survives_another(tmp_path, victim):
     if victim == "a child":
         assert process.returncode == 1 and stderr.count("\n") == 2
         assert "terminated with signal SIGKILL" in stderr and "--resume" in stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    end = time.time() + 10  # init takes a moment to forget the orphans
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.time() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (3, signal.SIGTERM)])
@@ -116,7 +119,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, processes, number):
     wait_for("step 1/5", process)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 130
     assert "--resume" in stderr and stderr.count("\n") == 1
 
 
