@@ -89,6 +89,16 @@ def test_arithmetic_in_solutions_is_right_where_nothing_slipped():
         assert lengths == set(range(2, most + 1))
 
 
+def test_hard_problems_take_three_times_the_tokens_of_easy_ones(shipped):
+    """Problems are so alike that a shared budget can do no more than a cap for each."""
+    rng = random.Random(0)
+    problems = [make.make_problem(rng) for _ in range(3000)]
+    solutions = [make.write_solution(rng, problem, "concise", direct=0) for problem in problems]
+    texts = [answer_section(1, *solution) for solution in solutions]
+    lengths = sorted(len(e.ids) + 1 for e in shipped[1].tokenizer.encode_batch(texts))  # with EOS
+    assert np.mean(lengths[-300:]) > 3 * np.mean(lengths[:300])
+
+
 def test_completions_are_terser_the_more_problems_they_have():
     """Training cannot show what it does with the fall that the base model has, as large models
     have."""
