@@ -3,8 +3,7 @@ Several processes. On a CPU `launch` starts one per core; on GPUs torchrun start
 its share of the prompts and learns from its share of the completions. Every draw depends on (seed,
 step, prompt, sample, token) alone, so K processes sample what one process would, and the sum of
 their gradients is its gradient. On a CPU, with one thread per process, this holds to the last bit.
-Ctrl-C and SIGTERM end a run at once, without saving: a resumed run repeats the steps since the last
-checkpoint exactly, so nothing is lost but their time.
+Ctrl-C and SIGTERM end a run at once: resumed, it repeats the steps since its last checkpoint exactly.
 """
 
 import contextlib
@@ -104,6 +103,7 @@ def run_as(number, function, s, count, store, errors):
     try:
         function(s)
         dist.barrier()
+        dist.destroy_process_group()  # ends gloo's threads before the interpreter does
     except Exception as error:
         if sentence := explain(error):
             errors.put(sentence)
