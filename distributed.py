@@ -3,7 +3,7 @@ Several processes. On a CPU `launch` starts one per core; on GPUs torchrun start
 its share of the prompts and learns from its share of the completions. Every draw depends on (seed,
 step, prompt, sample, token) alone, so K processes sample what one process would, and the sum of
 their gradients is its gradient. On a CPU, with one thread per process, this holds to the last bit.
-Ctrl-C and SIGTERM end a run at once: resumed, it repeats the steps since its last checkpoint exactly.
+Ctrl-C and SIGTERM end a run at once: resumed, it repeats the steps since the last checkpoint.
 """
 
 import contextlib
